@@ -1,0 +1,489 @@
+"""The feature schema: names, types, ranges and tags of the columns, as TensorFlow-metadata text.
+
+Reads and writes the text form of the `Schema` protocol buffer without protobuf: the tutorial's
+`schema.pbtxt`, or what merlin-core writes. Replaces merlin_standard_lib.Schema.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from enum import Enum
+from pathlib import Path
+
+from t4r_fast.errors import InputError
+
+
+class Tags(str, Enum):
+    """The tags that wire features to blocks. A column may carry any other string as well."""
+
+    ITEM_ID = "item_id"
+    ITEM = "item"
+    USER_ID = "user_id"
+    USER = "user"
+    SESSION = "session"
+    SESSION_ID = "session_id"
+    CATEGORICAL = "categorical"
+    CONTINUOUS = "continuous"
+    LIST = "list"
+    SEQUENCE = "sequence"
+    EMBEDDING = "embedding"
+    TIME = "time"
+    TARGET = "target"
+    TARGETS = "target"
+    BINARY_CLASSIFICATION = "binary_classification"
+    MULTI_CLASS_CLASSIFICATION = "multi_class_classification"
+    REGRESSION = "regression"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+# Older names of the same enumeration.
+Tag = Tags
+
+
+def _tag(tag: str | Tags) -> str:
+    return (tag.value if isinstance(tag, Enum) else str(tag)).lower()
+
+
+@dataclasses.dataclass(frozen=True)
+class IntDomain:
+    """Range of an integer column; `is_categorical` says that the numbers are ids."""
+
+    name: str = ""
+    min: int = 0
+    max: int = 0
+    is_categorical: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class FloatDomain:
+    """Range of a float column, in the column's own unit."""
+
+    name: str = ""
+    min: float = -math.inf
+    max: float = math.inf
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueCount:
+    """How many values a list column holds per row."""
+
+    min: int = 0
+    max: int = 0
+
+
+@dataclasses.dataclass
+class ColumnSchema:
+    """One column: `type` is "INT", "FLOAT" or "BYTES"; domains are None when unknown."""
+
+    name: str
+    type: str = "INT"
+    tags: list[str] = dataclasses.field(default_factory=list)
+    int_domain: IntDomain | None = None
+    float_domain: FloatDomain | None = None
+    value_count: ValueCount | None = None
+    properties: dict[str, object] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.tags = [_tag(t) for t in self.tags]
+
+    @classmethod
+    def create_categorical(
+        cls,
+        name: str,
+        num_items: int,
+        shape: tuple[int, ...] | None = None,
+        value_count: ValueCount | None = None,
+        min_index: int = 0,
+        tags: Iterable[str | Tags] | None = None,
+    ) -> ColumnSchema:
+        """An id column with ids from `min_index` to `num_items` (both included)."""
+        domain = IntDomain(name=name, min=min_index, max=num_items, is_categorical=True)
+        tags = list(tags or ())
+        if Tags.CATEGORICAL not in {_tag(t) for t in tags}:
+            tags.append(Tags.CATEGORICAL)
+        properties = {"shape": tuple(shape)} if shape else {}
+        return cls(name, "INT", tags, domain, None, value_count, properties)
+
+    @classmethod
+    def create_continuous(
+        cls,
+        name: str,
+        is_float: bool = True,
+        min_value: float | None = None,
+        max_value: float | None = None,
+        value_count: ValueCount | None = None,
+        tags: Iterable[str | Tags] | None = None,
+    ) -> ColumnSchema:
+        """A number column, float unless `is_float` is False."""
+        tags = list(tags or ())
+        if Tags.CONTINUOUS not in {_tag(t) for t in tags}:
+            tags.append(Tags.CONTINUOUS)
+        low = -math.inf if min_value is None else min_value
+        high = math.inf if max_value is None else max_value
+        if is_float:
+            return cls(name, "FLOAT", tags, None, FloatDomain(name, low, high), value_count)
+        domain = None
+        if min_value is not None or max_value is not None:
+            domain = IntDomain(name, int(min_value or 0), int(max_value or 0), False)
+        return cls(name, "INT", tags, domain, None, value_count)
+
+    @property
+    def is_list(self) -> bool:
+        return self.value_count is not None or Tags.LIST in self.tags
+
+    @property
+    def is_categorical(self) -> bool:
+        domain_says = self.int_domain is not None and self.int_domain.is_categorical
+        return domain_says or Tags.CATEGORICAL in self.tags
+
+    @property
+    def cardinality(self) -> int:
+        """Rows an embedding table needs: the largest id + 1.
+
+        Raises InputError when the column has no int_domain.
+        """
+        if self.int_domain is None:
+            raise InputError(
+                f"schema: column {self.name!r} has no int_domain, so its number of ids is unknown;"
+                " add int_domain { min max is_categorical } to the schema file"
+            )
+        return int(self.int_domain.max) + 1
+
+    def with_tags(self, tags: Iterable[str | Tags]) -> ColumnSchema:
+        return dataclasses.replace(self, tags=[_tag(t) for t in tags])
+
+    def with_name(self, name: str) -> ColumnSchema:
+        return dataclasses.replace(self, name=name)
+
+    def has_tags(self, tags: Iterable[str | Tags]) -> bool:
+        return {_tag(t) for t in tags} <= set(self.tags)
+
+
+class Schema:
+    """An ordered collection of columns.
+
+    Schema().from_proto_text(path_or_text) returns a new schema; `select_by_*` and `remove_by_*`
+    return new schemas too. Selecting by several tags keeps the columns that carry all of them.
+    """
+
+    def __init__(self, columns: Iterable[ColumnSchema] = ()) -> None:
+        self.feature: list[ColumnSchema] = list(columns)
+        names = [c.name for c in self.feature]
+        doubled = sorted({n for n in names if names.count(n) > 1})
+        if doubled:
+            raise InputError(f"schema: column names must be unique; {doubled} appear twice")
+
+    # -- text ------------------------------------------------------------------------------------
+
+    def from_proto_text(self, path_or_text: str | os.PathLike[str]) -> Schema:
+        """The schema in a pbtxt file, or in the text itself.
+
+        Raises InputError when the file is missing or the text is no schema, naming the line.
+        """
+        text = str(path_or_text)
+        origin = "schema text"
+        if "{" not in text:
+            origin = text
+            try:
+                text = Path(text).read_text(encoding="utf-8")
+            except OSError as e:
+                raise InputError(f"schema: cannot read {origin}: {e.strerror or e}") from e
+        return Schema(_column_from_message(m, origin) for m in _parse(text, origin))
+
+    def to_proto_text(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The text form; also written to `path` when given."""
+        text = "".join(_column_to_text(c) for c in self.feature)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    # -- access ----------------------------------------------------------------------------------
+
+    @property
+    def column_schemas(self) -> list[ColumnSchema]:
+        return self.feature
+
+    @property
+    def column_names(self) -> list[str]:
+        return [c.name for c in self.feature]
+
+    @property
+    def item_id_column_name(self) -> str:
+        """The column tagged item_id. Raises InputError when there is none or more than one."""
+        found = self.select_by_tag(Tags.ITEM_ID).column_names
+        if len(found) != 1:
+            raise InputError(
+                f"schema: exactly one column must carry the tag item_id; found {found or 'none'}"
+                f" among {self.column_names}"
+            )
+        return found[0]
+
+    def __iter__(self) -> Iterator[ColumnSchema]:
+        return iter(self.feature)
+
+    def __len__(self) -> int:
+        return len(self.feature)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.column_names
+
+    def __getitem__(self, name: str) -> ColumnSchema:
+        for column in self.feature:
+            if column.name == name:
+                return column
+        raise KeyError(f"schema: no column {name!r}; there are {self.column_names}")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Schema) and self.feature == other.feature
+
+    __hash__ = None  # type: ignore[assignment]  # mutable
+
+    def __add__(self, other: Schema) -> Schema:
+        """Both sets of columns; a name in both keeps the left column and gains the right's tags."""
+        merged = [copy.deepcopy(c) for c in self.feature]
+        by_name = {c.name: c for c in merged}
+        for column in other:
+            if column.name in by_name:
+                mine = by_name[column.name]
+                mine.tags += [t for t in column.tags if t not in mine.tags]
+            else:
+                merged.append(copy.deepcopy(column))
+        return Schema(merged)
+
+    def __sub__(self, other: Schema) -> Schema:
+        return self.remove_by_name(other.column_names)
+
+    def __repr__(self) -> str:
+        return f"Schema({', '.join(self.column_names)})"
+
+    def copy(self) -> Schema:
+        return Schema(copy.deepcopy(self.feature))
+
+    # -- selection -------------------------------------------------------------------------------
+
+    def select(self, keep: Callable[[ColumnSchema], bool]) -> Schema:
+        return Schema(c for c in self.feature if keep(c))
+
+    def select_by_name(self, names: str | Iterable[str] | Callable[[str], bool]) -> Schema:
+        """The columns with these names, in the order of the schema; unknown names are an error."""
+        if callable(names):
+            return self.select(lambda c: names(c.name))
+        wanted = [names] if isinstance(names, str) else list(names)
+        missing = [n for n in wanted if n not in self]
+        if missing:
+            raise InputError(f"schema: no column {missing}; there are {self.column_names}")
+        return self.select(lambda c: c.name in wanted)
+
+    def remove_by_name(self, names: str | Iterable[str] | Callable[[str], bool]) -> Schema:
+        if callable(names):
+            return self.select(lambda c: not names(c.name))
+        dropped = {names} if isinstance(names, str) else set(names)
+        return self.select(lambda c: c.name not in dropped)
+
+    def select_by_tag(
+        self, tags: str | Tags | Iterable[str | Tags] | Callable[[list[str]], bool]
+    ) -> Schema:
+        if callable(tags) and not isinstance(tags, (str, Enum)):
+            return self.select(lambda c: tags(c.tags))
+        wanted = [tags] if isinstance(tags, (str, Enum)) else list(tags)
+        return self.select(lambda c: c.has_tags(wanted))
+
+    def remove_by_tag(self, tags: str | Tags | Iterable[str | Tags]) -> Schema:
+        return self - self.select_by_tag(tags)
+
+    def select_by_type(self, types: str | Iterable[str]) -> Schema:
+        wanted = {types} if isinstance(types, str) else set(types)
+        return self.select(lambda c: c.type in wanted)
+
+    def categorical_cardinalities(self) -> dict[str, int]:
+        """Largest id + 1 of every categorical column."""
+        return {c.name: c.cardinality for c in self.feature if c.is_categorical}
+
+
+def categorical_cardinalities(schema: Schema) -> dict[str, int]:
+    """Largest id + 1 of every categorical column of the schema."""
+    return schema.categorical_cardinalities()
+
+
+def embedding_sizes(schema: Schema, multiplier: float = 2.0) -> dict[str, int]:
+    """ceil(cardinality ** 0.25 * multiplier) per categorical column: the reference's rule."""
+    cardinalities = schema.categorical_cardinalities()
+    return {n: math.ceil(v**0.25 * multiplier) for n, v in cardinalities.items()}
+
+
+# -- the text form of protocol buffers, as far as schemas use it -----------------------------------
+
+_TOKEN = re.compile(
+    r"""(?P<space>[\s,;]+|\#[^\n]*) | (?P<punct>[{}\[\]<>:])
+      | (?P<string>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')
+      | (?P<word>[^\s{}\[\]<>:,;"'\#]+)""",
+    re.VERBOSE,
+)
+
+
+def _tokens(text: str, origin: str) -> list[tuple[str, int]]:
+    out, at = [], 0
+    while at < len(text):
+        m = _TOKEN.match(text, at)
+        if m is None:
+            line = text.count("\n", 0, at) + 1
+            raise InputError(f"schema: {origin}, line {line}: cannot read {text[at : at + 20]!r}")
+        if m.lastgroup != "space":
+            out.append((m.group(), text.count("\n", 0, at) + 1))
+        at = m.end()
+    return out
+
+
+def _value(token: str) -> object:
+    if token[0] in "\"'":
+        # backslash escapes are octal bytes of UTF-8 in protobuf's own writer
+        body = token[1:-1]
+        if "\\" not in body:
+            return body
+        raw = body.encode("latin-1", "backslashreplace").decode("unicode_escape")
+        try:
+            return raw.encode("latin-1").decode("utf-8")
+        except UnicodeError:
+            return raw
+    if token in ("true", "false"):
+        return token == "true"
+    for number in (int, float):
+        try:
+            return number(token)
+        except ValueError:
+            continue
+    return token
+
+
+class _Reader:
+    """Recursive descent over the tokens; a message is a dict from name to the list of values."""
+
+    def __init__(self, text: str, origin: str) -> None:
+        self.tokens, self.origin, self.at = _tokens(text, origin), origin, 0
+
+    def _fail(self, what: str) -> InputError:
+        line = self.tokens[min(self.at, len(self.tokens) - 1)][1] if self.tokens else 1
+        return InputError(f"schema: {self.origin}, line {line}: {what}")
+
+    def _next(self) -> str:
+        if self.at >= len(self.tokens):
+            raise self._fail("the text ends in the middle of a message: a '}' is missing")
+        self.at += 1
+        return self.tokens[self.at - 1][0]
+
+    def message(self, end: str | None) -> dict[str, list[object]]:
+        fields: dict[str, list[object]] = {}
+        while True:
+            if self.at >= len(self.tokens) and end is None:
+                return fields
+            name = self._next()
+            if name == end:
+                return fields
+            if name == "[":  # extension or Any: [type.url/Name]
+                name = ""
+                while (part := self._next()) != "]":
+                    name += part
+            elif not re.fullmatch(r"[A-Za-z_]\w*", name):
+                self.at -= 1
+                raise self._fail(f"a field name must stand here; got {name!r}")
+            fields.setdefault(name, []).extend(self._values())
+
+    def _values(self) -> list[object]:
+        token = self._next()
+        if token == ":":
+            token = self._next()
+        if token == "{":
+            return [self.message("}")]
+        if token == "<":
+            return [self.message(">")]
+        if token == "[":
+            values: list[object] = []
+            while (part := self._next()) != "]":
+                values.append(self.message("}") if part == "{" else _value(part))
+            return values
+        if token in "}]>:":
+            self.at -= 1
+            raise self._fail(f"a value must stand here; got {token!r}")
+        return [_value(token)]
+
+
+def _parse(text: str, origin: str) -> list[dict[str, list[object]]]:
+    features = _Reader(text, origin).message(None).get("feature", [])
+    if not features:
+        raise InputError(f"schema: {origin} holds no `feature {{ ... }}`; is it a schema file?")
+    return features  # type: ignore[return-value]
+
+
+def _one(message: dict, name: str, default: object = None) -> object:
+    values = message.get(name)
+    return values[-1] if values else default
+
+
+def _column_from_message(message: dict, origin: str) -> ColumnSchema:
+    name = _one(message, "name")
+    if name is None:
+        raise InputError(f"schema: {origin}: a feature has no name")
+    column = ColumnSchema(str(name), str(_one(message, "type", "INT")))
+    if (m := _one(message, "int_domain")) is not None:
+        column.int_domain = IntDomain(
+            str(_one(m, "name", "")),
+            int(_one(m, "min", 0)),
+            int(_one(m, "max", 0)),
+            bool(_one(m, "is_categorical", False)),
+        )
+    if (m := _one(message, "float_domain")) is not None:
+        column.float_domain = FloatDomain(
+            str(_one(m, "name", "")),
+            float(_one(m, "min", -math.inf)),
+            float(_one(m, "max", math.inf)),
+        )
+    if (m := _one(message, "value_count")) is not None:
+        column.value_count = ValueCount(int(_one(m, "min", 0)), int(_one(m, "max", 0)))
+    if (m := _one(message, "annotation")) is not None:
+        column.tags = [_tag(t) for t in m.get("tag", [])]
+        for extra in m.get("extra_metadata", []):
+            column.properties.update({k: v[-1] for k, v in extra.items()})
+    return column
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return '"' + "".join(c if c.isascii() else _octal(c) for c in escaped) + '"'
+
+
+def _octal(character: str) -> str:
+    return "".join(f"\\{byte:03o}" for byte in character.encode("utf-8"))
+
+
+def _column_to_text(c: ColumnSchema) -> str:
+    lines = ["feature {", f"  name: {_quoted(c.name)}"]
+    if c.value_count is not None:
+        lines += ["  value_count {", f"    min: {c.value_count.min}"]
+        lines += [f"    max: {c.value_count.max}", "  }"]
+    lines.append(f"  type: {c.type}")
+    if (d := c.int_domain) is not None:
+        lines += ["  int_domain {", f"    name: {_quoted(d.name)}", f"    min: {d.min}"]
+        lines += [
+            f"    max: {d.max}",
+            f"    is_categorical: {str(d.is_categorical).lower()}",
+            "  }",
+        ]
+    if (f := c.float_domain) is not None:
+        lines += ["  float_domain {", f"    name: {_quoted(f.name)}"]
+        lines += [
+            f"    {k}: {v!r}" for k, v in (("min", f.min), ("max", f.max)) if math.isfinite(v)
+        ]
+        lines.append("  }")
+    if c.tags:
+        lines += ["  annotation {", *(f"    tag: {_quoted(t)}" for t in c.tags), "  }"]
+    return "\n".join([*lines, "}", ""])
