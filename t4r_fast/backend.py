@@ -1,0 +1,194 @@
+"""Which implementation of an op runs: plain PyTorch, C++, Triton or CUDA.
+
+`pick` chooses per op and device: what is forced, else a native kernel (C++ on a CPU, CUDA on a GPU),
+else Triton, else the reference. `t4r-fast doctor` prints the choice (`table`). Native kernels live in
+the dispatcher's namespace `t4r_fast`, Triton's in `t4r_fast_triton`; their schemas are declared here
+in Python, once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import pkgutil
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+_NAMESPACES = {"cpu": "t4r_fast", "cuda": "t4r_fast", "triton": "t4r_fast_triton"}
+_DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cpu", "cuda")}
+_BUILD_HINT = "build it with `pip install --no-build-isolation -e .` (or `pip install .`)"
+
+_libraries = {
+    name: torch.library.Library(name, "FRAGMENT") for name in sorted(set(_NAMESPACES.values()))
+}
+_functions: dict[str, list[str]] = {}  # op -> names of its declared functions
+_kernels: dict[str, dict[str, tuple[str, ...]]] = {}  # op -> backend -> device types
+
+
+def _check_name(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"backend: name must be one of {', '.join(BACKENDS)}; got {name!r}")
+    return name
+
+
+# A plain global and not a ContextVar: Dynamo cannot trace that.
+_forced: str | None = os.environ.get("T4R_FAST_BACKEND") or None
+if _forced is not None:
+    try:
+        _check_name(_forced)
+    except ValueError as error:
+        raise ValueError(f"T4R_FAST_BACKEND: {error}") from None
+
+
+def _load_cpu() -> str | None:
+    """Load the C++ kernels; the reason in words if that is not possible."""
+    path = Path(__file__).parent / "libt4r_fast_cpu.so"
+    if not path.exists():
+        return f"{path.name} is not built: {_BUILD_HINT}"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} cannot be loaded ({error}): {_BUILD_HINT}"
+    return None
+
+
+def _triton_off() -> str | None:
+    if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
+        return "no GPU (set TRITON_INTERPRET=1 before the import to interpret kernels on the CPU)"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return None
+
+
+# backend -> why none of its kernels can run here; None when they can
+OFF: dict[str, str | None] = {
+    "cpu": _load_cpu(),
+    "cuda": "this build has no CUDA kernels",
+    "triton": _triton_off(),
+}
+if OFF["cpu"] is not None and _forced != "reference":
+    warnings.warn(
+        f"t4r_fast runs its ops in plain PyTorch: {OFF['cpu']}. "
+        "Set T4R_FAST_BACKEND=reference to choose plain PyTorch without this warning.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def declare(op: str, schema: str, fake: Callable[..., Any]) -> None:
+    """Declare one function of an op: its schema, its shapes, and which kernels exist for it.
+
+    op      the op's base name; `schema` names its function, `<op>_fwd(...)` or `<op>_bwd(...)`
+    schema  as in torch.library.define, without a namespace
+    fake    the function on meta tensors: right shapes, dtypes and devices, no data
+    """
+    function = schema.partition("(")[0]
+    for name, library in _libraries.items():
+        library.define(schema)
+        torch.library.register_fake(f"{name}::{function}", fake, lib=library)
+    _functions.setdefault(op, []).append(function)
+    _register_triton(op, function)
+    _kernels[op] = {
+        backend: tuple(device for device in devices if _has_kernels(op, backend, device))
+        for backend, devices in _DEVICES.items()
+    }
+
+
+def _register_triton(op: str, function: str) -> None:
+    module = f"t4r_fast.kernels.{op}"
+    if OFF["triton"] is not None or importlib.util.find_spec("t4r_fast.kernels") is None:
+        return
+    if importlib.util.find_spec(module) is None:
+        return
+    launcher = getattr(importlib.import_module(module), function)
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    _libraries["t4r_fast_triton"].impl(function, launcher, "CPU" if interpreted else "CUDA")
+
+
+def _has_kernels(op: str, backend: str, device: str) -> bool:
+    namespace, key = _NAMESPACES[backend], device.upper()
+    return OFF[backend] is None and all(
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{function}", key)
+        for function in _functions[op]
+    )
+
+
+def pick(op: str, tensor: torch.Tensor) -> str:
+    """The backend that `op` takes for a tensor on this device: one of BACKENDS.
+
+    Raises RuntimeError when a backend is forced that has no kernel for this op and device.
+    """
+    return _pick_device(op, tensor.device.type)
+
+
+def _pick_device(op: str, device: str) -> str:
+    kernels = _kernels.get(op, {})
+    if _forced is not None:
+        if _forced == "reference" or device in kernels.get(_forced, ()):
+            return _forced
+        raise RuntimeError(
+            f"{op}: backend '{_forced}' is forced, but {why_not(op, _forced, device)}"
+        )
+    for name in ("cpu", "cuda", "triton"):
+        if device in kernels.get(name, ()):
+            return name
+    return "reference"
+
+
+def why_not(op: str, backend: str, device: str) -> str | None:
+    """Why `op` cannot take `backend` on `device`, in words; None if it can."""
+    if backend == "reference" or device in _kernels.get(op, {}).get(backend, ()):
+        return None
+    if device not in _DEVICES[backend]:
+        return f"it does not run on device '{device}'"
+    if OFF[backend] is not None:
+        return OFF[backend]
+    return f"it has no kernel of this op for device '{device}'; use backend 'reference'"
+
+
+@contextlib.contextmanager
+def use(name: str) -> Iterator[None]:
+    """Force one backend for all ops: `with backend.use("reference"): ...`.
+
+    name  one of BACKENDS. An op called without a kernel there raises RuntimeError.
+    The environment variable T4R_FAST_BACKEND does the same for the whole process.
+    A call's backward runs on the backend of its forward.
+    """
+    global _forced
+    previous, _forced = _forced, _check_name(name)
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def ops(name: str, reference: ModuleType) -> Any:
+    """Where the functions of a backend are: `reference` itself, or the dispatcher's namespace."""
+    return reference if name == "reference" else getattr(torch.ops, _NAMESPACES[name])
+
+
+def table() -> dict[str, dict[str, str]]:
+    """The backend of every op per device: {"mask_mlm": {"cpu": "cpu", "cuda": "reference"}, ...}.
+
+    Where a forced backend has no kernel the entry says "error: ..." as the call would.
+    """
+    from t4r_fast import ops as package
+
+    names = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")]
+    rows: dict[str, dict[str, str]] = {}
+    for op in sorted(names):
+        importlib.import_module(f"t4r_fast.ops.{op}")
+        rows[op] = {}
+        for device in ("cpu", "cuda"):
+            try:
+                rows[op][device] = _pick_device(op, device)
+            except RuntimeError as error:
+                rows[op][device] = f"error: {error}"
+    return rows

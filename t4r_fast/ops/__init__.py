@@ -1,0 +1,1 @@
+"""The public ops, one file each; `t4r_fast` re-exports them flat."""

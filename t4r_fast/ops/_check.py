@@ -1,0 +1,114 @@
+"""Argument checks that several ops share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def check_scores(op: str, hidden: Tensor, items: Tensor, bias: Tensor | None) -> None:
+    """hidden (N, D) and items (V, D) of one float dtype on one device; bias (V,)."""
+    if hidden.dim() != 2:
+        raise ValueError(f"{op}: hidden must have shape (N, D); got {tuple(hidden.shape)}")
+    if items.dim() != 2 or items.shape[1] != hidden.shape[1] or items.shape[0] == 0:
+        raise ValueError(
+            f"{op}: items must have shape (V, D) with V >= 1 and the D of hidden, "
+            f"{hidden.shape[1]}; got {tuple(items.shape)}"
+        )
+    if hidden.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{op}: hidden must be {names(FLOAT_DTYPES)}; got {hidden.dtype}")
+    if items.dtype != hidden.dtype:
+        raise TypeError(
+            f"{op}: items must have the dtype of hidden, {hidden.dtype}; got {items.dtype} "
+            "(convert one of them)"
+        )
+    if bias is not None:
+        if bias.shape != items.shape[:1]:
+            raise ValueError(
+                f"{op}: bias must have shape (V,), ({items.shape[0]},); got {tuple(bias.shape)}"
+            )
+        if bias.dtype not in (hidden.dtype, torch.float32):
+            raise TypeError(
+                f"{op}: bias must have the dtype of hidden, {hidden.dtype}, or float32; "
+                f"got {bias.dtype}"
+            )
+    check_device(op, hidden, items=items, bias=bias)
+
+
+def check_device(op: str, first: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != first.device:
+            raise ValueError(
+                f"{op}: {name} must be on the device of the first argument, {first.device}; "
+                f"got {tensor.device}"
+            )
+
+
+def check_int64(op: str, name: str, tensor: Tensor, shape: str, dim: int) -> None:
+    if tensor.dim() != dim:
+        raise ValueError(f"{op}: {name} must have shape {shape}; got {tuple(tensor.shape)}")
+    if tensor.dtype != torch.int64:
+        raise TypeError(f"{op}: {name} must be int64; got {tensor.dtype}")
+
+
+def check_target(
+    op: str, hidden: Tensor, items: Tensor, target: Tensor, rows: Tensor | None, ignore_index: int
+) -> None:
+    """target (N,), item ids or ignore_index; rows (M,), row numbers of hidden or negative."""
+    check_int64(op, "target", target, "(N,)", 1)
+    if target.shape[0] != hidden.shape[0]:
+        raise ValueError(
+            f"{op}: target must have one entry per row of hidden, {hidden.shape[0]}; "
+            f"got {target.shape[0]}"
+        )
+    check_rows(op, hidden, rows)
+    check_device(op, hidden, target=target)
+    if rows is None:
+        wrong = ((target < 0) | (target >= items.shape[0])) & (target != ignore_index)
+        where = "row"
+        value = target
+    elif hidden.shape[0]:
+        value = target[rows.clamp(min=0)]
+        wrong = ((value < 0) | (value >= items.shape[0])) & (value != ignore_index) & (rows >= 0)
+        where = "entry of rows"
+    else:
+        return
+    check_values(
+        wrong,
+        value,
+        f"{op}: target must be 0 <= target < {items.shape[0]} (the rows of items) "
+        f"or ignore_index, {ignore_index}",
+        where,
+    )
+
+
+def check_rows(op: str, hidden: Tensor, rows: Tensor | None) -> None:
+    if rows is None:
+        return
+    check_int64(op, "rows", rows, "(M,)", 1)
+    check_device(op, hidden, rows=rows)
+    check_values(
+        rows >= hidden.shape[0],
+        rows,
+        f"{op}: rows must be < {hidden.shape[0]} (the rows of hidden), or negative to skip an entry",
+        "entry",
+    )
+
+
+def check_values(wrong: Tensor, values: Tensor, rule: str, where: str) -> None:
+    """IndexError naming the first wrong value and its place.
+
+    On a GPU and under torch.compile it is a device-side assertion: no host synchronisation.
+    """
+    if torch.compiler.is_compiling() or wrong.device.type != "cpu":
+        torch._assert_async(~wrong.any(), rule)
+    elif bool(wrong.any()):
+        place = wrong.nonzero()[0].tolist()
+        at = place[0] if len(place) == 1 else tuple(place)
+        raise IndexError(f"{rule}; got {values[tuple(place)].item()} at {where} {at}")

@@ -1,0 +1,72 @@
+"""mask_causal: which positions a causal model predicts, and which inputs it does not see."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from t4r_fast import backend
+from t4r_fast.ops._sequence_mask import SequenceMask, check_item_ids, check_mode
+from t4r_fast.reference import mask_causal as reference
+
+# "train_last" and "last" are one rule for two phases, as in the reference.
+MODES = {
+    "train": reference.TRAIN,
+    "train_last": reference.LAST,
+    "last": reference.LAST,
+    "next": reference.NEXT,
+}
+
+
+def mask_causal(
+    item_ids: Tensor, *, mode: str = "train", padding_idx: int = 0, hide_history: bool = False
+) -> SequenceMask:
+    """Next-item targets, mask, row list and count of padded sessions, without a host sync.
+
+    With n the number of items of a session, targets[i] = item_ids[i + 1]:
+    "train"       at positions 0 to n - 2; all other positions are masked
+    "train_last"  only at position n - 2 (train_on_last_item_seq_only); padding is masked
+    "last"        evaluation, the same rule: only at position n - 2; padding is masked
+    "next"        inference: nothing is labelled, padding is masked, rows are where the prediction is
+                  read, position n - 1: exactly one for each session, an empty one at its position 0
+
+    item_ids      (B, L) int64, padding on the right
+    padding_idx   int, the id of padding
+    hide_history  "train_last" and "last" only: mask everything but position n - 2, as
+                  Transformers4Rec up to 23.05 did
+    returns       SequenceMask(targets (B, L), mask (B, L), rows (B * L,), count ())
+
+    Sessions of fewer than two items have no target. Raises ValueError or TypeError on shapes, dtypes,
+    options, or padding that is not on the right.
+    Replaces transformers4rec.torch.masking.CausalLanguageModeling; the zero vector that it puts into
+    the last column in training is left to the caller.
+    """
+    check_mode("mask_causal", mode, tuple(MODES))
+    if hide_history and MODES[mode] != reference.LAST:
+        raise ValueError(
+            f"mask_causal: hide_history must be False in mode {mode!r}; it is for 'train_last' and 'last'"
+        )
+    check_item_ids("mask_causal", item_ids, padding_idx)
+    functions = backend.ops(backend.pick("mask_causal", item_ids), reference)
+    return SequenceMask(
+        *functions.mask_causal_fwd(item_ids, MODES[mode], padding_idx, bool(hide_history))
+    )
+
+
+def _fake(
+    item_ids: Tensor, mode: int, padding_idx: int, hide_history: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(item_ids, memory_format=torch.contiguous_format),
+        torch.empty_like(item_ids, dtype=torch.bool, memory_format=torch.contiguous_format),
+        item_ids.new_empty((item_ids.numel(),)),
+        item_ids.new_empty(()),
+    )
+
+
+backend.declare(
+    "mask_causal",
+    "mask_causal_fwd(Tensor item_ids, int mode, int padding_idx, bool hide_history)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+)

@@ -1,0 +1,89 @@
+"""mask_mlm: which positions a masked language model hides and predicts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from t4r_fast import backend
+from t4r_fast.ops._check import check_device
+from t4r_fast.ops._sequence_mask import SequenceMask, check_item_ids, check_mode
+from t4r_fast.reference import mask_mlm as reference
+
+MODES = ("train", "last", "shifted", "next")  # in the order of the codes in reference/mask_mlm.py
+
+
+def mask_mlm(
+    item_ids: Tensor,
+    *,
+    probability: float = 0.15,
+    mode: str = "train",
+    padding_idx: int = 0,
+    seed: Tensor | None = None,
+) -> SequenceMask:
+    """Masked-language-model targets, mask, row list and count of padded sessions, without a host sync.
+
+    With n the number of items of a session:
+    "train"    each item is masked with `probability`; then one item at random is masked for
+               certain; then, if all n are, one at random is unmasked. n = 1 labels nothing.
+    "last"     evaluation: only the last item, position n - 1, is masked
+    "shifted"  the reference's evaluation of all positions: targets[i] = item_ids[i + 1], and every
+               position with a target is masked
+    "next"     inference: all outputs have L + 1 positions; position n is masked, nothing is labelled,
+               rows are where the prediction is read: exactly one for each session, also an empty one
+
+    item_ids     (B, L) int64, padding on the right
+    probability  float, 0 to 1; "train" only
+    padding_idx  int, the id of padding
+    seed         (2,) int64 (key, offset) on the device of item_ids; None draws it from torch's
+                 default generator, so that torch.manual_seed and saved generator states govern it.
+                 "train" only
+    returns      SequenceMask(targets (B, L), mask (B, L), rows (B * L,), count ())
+
+    In all modes but "next" an empty session has no mask and no target. The random numbers are
+    Philox4x32-10 of (row, position) compared as integers: every backend gives the same bits for a
+    seed. Raises ValueError or TypeError on shapes, dtypes, options, or padding that is not on the right.
+    Replaces transformers4rec.torch.masking.MaskedLanguageModeling.
+    """
+    check_mode("mask_mlm", mode, MODES)
+    if not 0 <= probability <= 1:
+        raise ValueError(f"mask_mlm: probability must be from 0 to 1; got {probability}")
+    check_item_ids("mask_mlm", item_ids, padding_idx)
+    if mode != "train":
+        if seed is not None:
+            raise ValueError(f"mask_mlm: seed must be None in mode {mode!r}, which draws nothing")
+    elif seed is None:
+        seed = torch.randint(0, 2**63 - 1, (2,), device=item_ids.device)
+    elif seed.shape != (2,) or seed.dtype != torch.int64:
+        raise ValueError(
+            f"mask_mlm: seed must be int64 (2,), (key, offset); got {seed.dtype} {tuple(seed.shape)}"
+        )
+    check_device("mask_mlm", item_ids, seed=seed)
+    functions = backend.ops(backend.pick("mask_mlm", item_ids), reference)
+    # probability as an integer of 0 to 2**32: a random word below it masks
+    threshold = round(probability * 2**32)
+    return SequenceMask(
+        *functions.mask_mlm_fwd(item_ids, seed, threshold, MODES.index(mode), padding_idx)
+    )
+
+
+def _fake(
+    item_ids: Tensor, seed: Tensor | None, threshold: int, mode: int, padding_idx: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sessions, positions = item_ids.shape
+    if mode == reference.NEXT:
+        positions = positions + 1
+    return (
+        item_ids.new_empty((sessions, positions)),
+        item_ids.new_empty((sessions, positions), dtype=torch.bool),
+        item_ids.new_empty((sessions * positions,)),
+        item_ids.new_empty(()),
+    )
+
+
+backend.declare(
+    "mask_mlm",
+    "mask_mlm_fwd(Tensor item_ids, Tensor? seed, int threshold, int mode, int padding_idx)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+)

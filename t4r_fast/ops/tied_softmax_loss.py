@@ -1,0 +1,145 @@
+"""tied_softmax_loss: next-item cross-entropy over the whole catalogue without its logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from t4r_fast import backend
+from t4r_fast.ops._check import check_scores, check_target
+from t4r_fast.reference import tied_softmax_loss as reference
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def tied_softmax_loss(
+    hidden: Tensor,
+    items: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    rows: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float = 0.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Next-item cross-entropy over the whole catalogue; the N x V logits are never stored.
+
+    z    = (hidden @ items.T + bias) / temperature;  z = softcap * tanh(z / softcap) if softcap
+    lse  = z.logsumexp(1)
+    loss = lse - (1 - s) * z[i, target] - s * z.mean(1) + z_loss * lse**2      s = label_smoothing
+
+    hidden           (N, D)  float32, float16, bfloat16, float64
+    items            (V, D)  dtype of hidden, V >= 1; the item embedding table when weights are tied
+    target           (N,)    int64, 0 <= target < V, or ignore_index
+    bias             (V,)    dtype of hidden or float32; -inf takes an item out
+    rows             (M,)    int64, which rows of hidden (and target) take part, each as often as it
+                             is named; negative entries are skipped, so that a list may have a
+                             fixed capacity
+    temperature      float   > 0
+    softcap          float   >= 0; 0 is off
+    label_smoothing  float   0 <= s <= 1
+    z_loss           float   >= 0
+    reduction        "mean" over the rows that take part, "sum", or "none"
+    returns          () or, for "none", (N,) or (M,): float32 (float64 for float64), in nats; with
+                     return_lse a pair (loss, lse), lse per row
+
+    A row that is skipped or whose target is ignore_index has loss 0 and lse 0 and is not counted.
+    The mean of no rows is nan, as in PyTorch. Differentiable once in hidden, items and bias, also
+    through lse; sums are float32 for 16-bit inputs. Memory beyond outputs and gradients: O(N D) and
+    a few chunks of 64 MB. Raises ValueError or TypeError on shapes, dtypes and options out of
+    range, IndexError on a target or row out of range.
+    Source: Wijmans et al., "Cut Your Losses", arXiv 2411.09009. Replaces
+    transformers4rec.torch.model.prediction_task._NextItemPredictionTask + CrossEntropyLoss.
+    """
+    check_scores("tied_softmax_loss", hidden, items, bias)
+    _check_options(temperature, softcap, label_smoothing, z_loss, reduction)
+    check_target("tied_softmax_loss", hidden, items, target, rows, ignore_index)
+    loss, lse = _TiedSoftmaxLoss.apply(
+        hidden,
+        items,
+        bias,
+        target,
+        rows,
+        (float(temperature), float(softcap), float(label_smoothing), float(z_loss), ignore_index),
+    )
+    if reduction != "none":
+        loss = loss.sum()
+    if reduction == "mean":
+        loss = loss / _count(hidden, target, rows, ignore_index)
+    return (loss, lse) if return_lse else loss
+
+
+def _count(hidden: Tensor, target: Tensor, rows: Tensor | None, ignore_index: int) -> Tensor:
+    """How many rows take part."""
+    if rows is None:
+        return (target != ignore_index).sum()
+    if hidden.shape[0] == 0:
+        return target.new_zeros(())
+    return ((rows >= 0) & (target[rows.clamp(min=0)] != ignore_index)).sum()
+
+
+def _check_options(
+    temperature: float, softcap: float, label_smoothing: float, z_loss: float, reduction: str
+) -> None:
+    if not temperature > 0:
+        raise ValueError(f"tied_softmax_loss: temperature must be > 0; got {temperature}")
+    if not softcap >= 0:
+        raise ValueError(f"tied_softmax_loss: softcap must be >= 0 (0 is off); got {softcap}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(
+            f"tied_softmax_loss: label_smoothing must be from 0 to 1; got {label_smoothing}"
+        )
+    if not z_loss >= 0:
+        raise ValueError(f"tied_softmax_loss: z_loss must be >= 0 (0 is off); got {z_loss}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f"tied_softmax_loss: reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}"
+        )
+
+
+class _TiedSoftmaxLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        items: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        rows: Tensor | None,
+        options: tuple[float, float, float, float, int],
+    ) -> tuple[Tensor, Tensor]:
+        ctx.backend = backend.pick("tied_softmax_loss", hidden)
+        functions = backend.ops(ctx.backend, reference)
+        with torch.autocast(hidden.device.type, enabled=False):
+            loss, lse = functions.tied_softmax_loss_fwd(hidden, items, target, bias, rows, *options)
+        ctx.options = options
+        ctx.save_for_backward(hidden, items, target, bias, rows, lse)
+        return loss, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, items, target, bias, rows, lse = ctx.saved_tensors
+        functions = backend.ops(ctx.backend, reference)
+        with torch.autocast(hidden.device.type, enabled=False):
+            dhidden, ditems, dbias = functions.tied_softmax_loss_bwd(
+                dloss,
+                dlse,
+                hidden,
+                items,
+                target,
+                bias,
+                rows,
+                lse,
+                *ctx.options,
+                tuple(ctx.needs_input_grad[:3]),
+            )
+        return dhidden, ditems, dbias, None, None, None

@@ -1,0 +1,1 @@
+"""Every op in plain PyTorch: the truth that each kernel is tested against."""

@@ -1,0 +1,29 @@
+"""mask_causal in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from t4r_fast.reference._sequence_mask import lengths, row_list, shifted
+
+TRAIN, LAST, NEXT = range(3)
+
+
+def mask_causal_fwd(
+    item_ids: Tensor, mode: int, padding_idx: int, hide_history: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """targets, mask, rows and count."""
+    column = torch.arange(item_ids.shape[1], device=item_ids.device)
+    n = lengths(item_ids, padding_idx)
+    if mode == NEXT:
+        # an empty session is read at position 0
+        read = column == (n - 1).clamp(min=0)
+        targets = torch.full_like(item_ids, padding_idx)
+        return targets, column >= n, *row_list(read)
+    targets = shifted(item_ids, padding_idx)
+    if mode == LAST:
+        targets = torch.where(column == n - 2, targets, padding_idx)
+    labelled = targets != padding_idx
+    mask = ~labelled if mode == TRAIN or hide_history else column >= n
+    return targets, mask, *row_list(labelled)

@@ -1,0 +1,59 @@
+"""mask_mlm in plain PyTorch: integer thresholds, so that every backend gives the same bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from t4r_fast.reference._philox import philox
+from t4r_fast.reference._sequence_mask import lengths, row_list, shifted
+
+TRAIN, LAST, SHIFTED, NEXT = range(4)
+# Draw kinds, part of the counter.
+POSITION, ROW = 0, 1
+
+
+def _train(item_ids: Tensor, seed: Tensor, threshold: int, padding_idx: int) -> Tensor:
+    """(B, L) bool: Bernoulli on items, one more item for certain, never all items."""
+    sessions, positions = item_ids.shape
+    items = item_ids != padding_idx
+    n = lengths(item_ids, padding_idx)
+    key, offset = seed[0], seed[1]
+    low, high = offset & 0xFFFFFFFF, (offset >> 32) & 0xFFFFFFFF
+    session = torch.arange(sessions, device=item_ids.device)[:, None]
+    block = torch.arange((positions + 3) // 4, device=item_ids.device)
+
+    kind = (high << 3) & 0xFFFFFFFF
+    words = philox(key, (block, session, kind | POSITION, low))
+    word = torch.stack(words, dim=2).reshape(sessions, -1)[:, :positions]  # four per counter
+    mask = items & (word < threshold)
+
+    extra, spared, _, _ = philox(key, (torch.zeros_like(session), session, kind | ROW, low))
+    column = torch.arange(positions, device=item_ids.device)
+    mask = mask | (items & (column == (extra * n) >> 32))
+    full = mask.sum(1, keepdim=True) == n
+    return mask & ~(full & (column == (spared * n) >> 32))
+
+
+def mask_mlm_fwd(
+    item_ids: Tensor, seed: Tensor | None, threshold: int, mode: int, padding_idx: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """targets, mask, rows and count."""
+    column = torch.arange(item_ids.shape[1], device=item_ids.device)
+    n = lengths(item_ids, padding_idx)
+    if mode == NEXT:
+        column = torch.arange(item_ids.shape[1] + 1, device=item_ids.device)
+        mask = column == n
+        targets = torch.full_like(mask, padding_idx, dtype=torch.int64)
+        return targets, mask, *row_list(mask)
+    if mode == SHIFTED:
+        targets = shifted(item_ids, padding_idx)
+        mask = targets != padding_idx
+    else:
+        mask = (
+            _train(item_ids, seed, threshold, padding_idx)
+            if mode == TRAIN and seed is not None
+            else column == n - 1
+        )
+        targets = torch.where(mask, item_ids, padding_idx)
+    return targets, mask, *row_list(mask)

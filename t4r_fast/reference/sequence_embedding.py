@@ -1,0 +1,39 @@
+"""sequence_embedding in plain PyTorch: gather each column, put them together, substitute."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sequence_embedding(
+    columns: list[Tensor],
+    tables: list[Tensor | None],
+    aggregation: str,
+    mask: Tensor | None,
+    mask_vector: Tensor | None,
+    zero_padding: bool,
+    padding_idx: int,
+) -> Tensor:
+    """(B, L, W); differentiable by PyTorch's own rules."""
+    parts = []
+    for column, table in zip(columns, tables):
+        if table is not None:
+            parts.append(
+                F.embedding(column, table, padding_idx if padding_idx < len(table) else None)
+            )
+        else:
+            parts.append(column if column.dim() == 3 else column[..., None])
+    if aggregation == "concat":
+        out = torch.cat(parts, dim=2)
+    else:
+        out = parts[0]
+        for part in parts[1:]:
+            out = out + part
+    if zero_padding:
+        first = next(c for c, table in zip(columns, tables) if table is not None)
+        out = torch.where((first == padding_idx)[..., None], out.new_zeros(()), out)
+    if mask is not None:
+        out = torch.where(mask[..., None], mask_vector, out)
+    return out

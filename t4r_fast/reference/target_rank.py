@@ -1,0 +1,53 @@
+"""target_rank in plain PyTorch: the counts of one chunk of items after another."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from t4r_fast.reference._scores import (
+    at_column,
+    chunk_ranges,
+    compute_dtype,
+    keep_rows,
+    scores,
+    spread,
+)
+
+
+def target_rank_fwd(
+    hidden: Tensor,
+    items: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """above, tied_before and tied_after, each int64 (N,) or (M,)."""
+    kept = keep_rows(hidden.shape[0], rows, target, ignore_index, hidden)
+    part = hidden[kept.source].to(compute_dtype(hidden.dtype))
+    wanted = torch.where(kept.valid, target[kept.source], 0)
+    ranges = chunk_ranges(part.shape[0], items.shape[0], part.dtype)
+
+    # The target's score must come from the same product as the others', or ties are lost to
+    # rounding: with several chunks the product is made twice.
+    own = part.new_zeros(part.shape[0])
+    for start, stop in ranges:
+        chunk = scores(part, items, bias, start, stop)
+        own = at_column(chunk, wanted, start, own)
+
+    above = torch.zeros_like(wanted)
+    before = torch.zeros_like(wanted)
+    tied = torch.zeros_like(wanted)
+    for start, stop in ranges:
+        if len(ranges) > 1:
+            chunk = scores(part, items, bias, start, stop)
+        equal = chunk == own[:, None]
+        ids = torch.arange(start, stop, device=items.device)
+        above = above + (~(chunk <= own[:, None])).sum(1)
+        before = before + (equal & (ids < wanted[:, None])).sum(1)
+        tied = tied + equal.sum(1)
+    nan = torch.isnan(own)
+    above = above - nan.to(above.dtype)  # the target itself
+    after = tied - before - (~nan).to(tied.dtype)  # the target ties with itself
+    return spread(above, kept, -1), spread(before, kept, 0), spread(after, kept, 0)
