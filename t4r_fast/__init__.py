@@ -1,6 +1,30 @@
-"""t4r_fast: session-based recommendation at kernel speed."""
+"""t4r_fast: session-based recommendation at kernel speed.
 
+The ops stand here under their names; `t4r_fast.torch` is the drop-in layer, `t4r_fast.etl` makes
+sessions of raw events.
+"""
+
+from t4r_fast import backend
 from t4r_fast.compat import get_compat, set_compat
+from t4r_fast.ops.item_topk import item_topk
+from t4r_fast.ops.mask_causal import mask_causal
+from t4r_fast.ops.mask_mlm import mask_mlm
+from t4r_fast.ops.ranking_metrics import ranking_metrics
+from t4r_fast.ops.sequence_embedding import sequence_embedding
+from t4r_fast.ops.target_rank import target_rank
+from t4r_fast.ops.tied_softmax_loss import tied_softmax_loss
 from t4r_fast.version import __version__
 
-__all__ = ["__version__", "get_compat", "set_compat"]
+__all__ = [
+    "__version__",
+    "backend",
+    "get_compat",
+    "item_topk",
+    "mask_causal",
+    "mask_mlm",
+    "ranking_metrics",
+    "sequence_embedding",
+    "set_compat",
+    "target_rank",
+    "tied_softmax_loss",
+]

@@ -1,0 +1,62 @@
+"""Fully connected layers with an activation behind every one of them, the last included."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from t4r_fast.torch.block.base import BuildableBlock, SequentialBlock, Size
+
+
+class _OverLastAxis(nn.BatchNorm1d):
+    """Batch norm of the last axis: (B, L, D) counts every position as a sample."""
+
+    def forward(self, inputs):
+        return super().forward(inputs.reshape(-1, inputs.shape[-1])).view_as(inputs)
+
+
+class MLPBlock(BuildableBlock):
+    """Linear -> activation -> normalization -> dropout, once per entry of `dimensions`.
+
+    dimensions     int or list of output widths
+    activation     module class, or None for a linear map
+    use_bias       bias in the linear layers
+    dropout        probability in [0, 1), or None
+    normalization  None or "batch_norm"
+
+    Replaces transformers4rec.torch.MLPBlock.
+    """
+
+    def __init__(
+        self,
+        dimensions: int | list[int],
+        activation: type[nn.Module] | None = nn.ReLU,
+        use_bias: bool = True,
+        dropout: float | None = None,
+        normalization: str | None = None,
+    ) -> None:
+        self.dimensions = [dimensions] if isinstance(dimensions, int) else list(dimensions)
+        if not self.dimensions or min(self.dimensions) < 1:
+            raise ValueError(f"MLPBlock: dimensions must be positive widths; got {dimensions!r}")
+        if normalization not in (None, "batch_norm"):
+            raise ValueError(
+                f"MLPBlock: normalization must be None or 'batch_norm'; got {normalization!r}"
+            )
+        self.activation = activation
+        self.use_bias = use_bias
+        self.dropout = dropout
+        self.normalization = normalization
+
+    def build(self, input_size: Size) -> SequentialBlock:
+        leading, width = tuple(input_size[:-1]), int(input_size[-1])
+        layers = []
+        for out in self.dimensions:
+            parts: list[nn.Module] = [nn.Linear(width, out, bias=self.use_bias)]
+            if self.activation is not None:
+                parts.append(self.activation())
+            if self.normalization == "batch_norm":
+                parts.append(_OverLastAxis(out))
+            if self.dropout:
+                parts.append(nn.Dropout(self.dropout))
+            layers.append(SequentialBlock(*parts, output_size=(*leading, out)))
+            width = out
+        return SequentialBlock(*layers)

@@ -1,0 +1,1 @@
+"""Heads, prediction tasks and the model around them."""

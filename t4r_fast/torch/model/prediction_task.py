@@ -1,0 +1,272 @@
+"""Prediction tasks: what stands behind the body, its loss and its metrics."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from t4r_fast.compat import get_compat
+from t4r_fast.ops.item_topk import item_topk
+from t4r_fast.ops.tied_softmax_loss import tied_softmax_loss
+from t4r_fast.torch.block.base import BuildableBlock, takes_mode
+from t4r_fast.torch.block.mlp import MLPBlock
+from t4r_fast.torch.model.lazy_logits import LazyLogits
+from t4r_fast.torch.ranking_metric import AvgPrecisionAt, NDCGAt, RankingMetric, RecallAt
+
+LOG = logging.getLogger("t4r_fast")
+
+
+class _ItemScores(nn.Module):
+    """The output layer: the item table itself when weights are tied, else a table of its own."""
+
+    def __init__(self, table: nn.Embedding | None, rows: int, width: int, bias: bool) -> None:
+        super().__init__()
+        if table is not None:
+            self.item_embedding_table = table
+        else:
+            self.output_layer = nn.Parameter(torch.empty(rows, width))
+            nn.init.kaiming_uniform_(self.output_layer, a=math.sqrt(5))
+        self.output_layer_bias = nn.Parameter(torch.zeros(rows)) if bias else None
+
+    @property
+    def items(self) -> torch.Tensor:
+        tied = "item_embedding_table" in self._modules
+        return self.item_embedding_table.weight if tied else self.output_layer
+
+
+class _Scorer(nn.Module):
+    """Keeps the reference's checkpoint keys, `pre.module...`."""
+
+    def __init__(self, module: _ItemScores) -> None:
+        super().__init__()
+        self.module = module
+
+
+class NextItemPredictionTask(nn.Module):
+    """Predict the next item out of all: softmax over the whole catalogue, ranking metrics.
+
+    loss                 torch.nn.CrossEntropyLoss(), with or without label_smoothing: computed by
+                         the fused tied_softmax_loss. Any other module gets the formed (N, V) scores
+    metrics              RankingMetrics; None for NDCG, average precision and recall at 10 and 20
+    task_block           what stands between the body and the scores; None: a linear map to the
+                         width of the item table where widths differ (with ReLU at compat 0.1)
+    task_name            prefix of the metric keys
+    weight_tying         score with the item embedding table itself
+    softmax_temperature  > 0; scores are divided by it
+    padding_idx          the id of padding; the masking's wins
+    target_dim           number of items without weight tying; None: rows of the item table
+    hf_format            accepted from 0.1.x: the output is a dict in any case
+
+    Training and evaluation return loss, labels and predictions. labels (M,) int64 holds one entry
+    per place where a target may stand, padding where none does; predictions are LazyLogits: nothing
+    N x V is formed until somebody asks. Inference returns the scores (B, V), or (scores, ids) with
+    `top_k`. Padding, nulls and unknown items take part in the softmax and in the ranking, as in the
+    reference. Sampled softmax is not there yet.
+    Replaces transformers4rec.torch.NextItemPredictionTask.
+    """
+
+    def __init__(
+        self,
+        loss: nn.Module | None = None,
+        metrics: Iterable[RankingMetric] | None = None,
+        task_block: BuildableBlock | nn.Module | None = None,
+        task_name: str = "next-item",
+        weight_tying: bool = False,
+        softmax_temperature: float = 1,
+        padding_idx: int = 0,
+        target_dim: int | None = None,
+        hf_format: bool = False,
+    ) -> None:
+        super().__init__()
+        if not softmax_temperature > 0:
+            raise ValueError(
+                "NextItemPredictionTask: softmax_temperature must be > 0; got"
+                f" {softmax_temperature}"
+            )
+        self.loss = nn.CrossEntropyLoss() if loss is None else loss
+        self.metrics = nn.ModuleList(_default_metrics() if metrics is None else metrics)
+        self._task_block = task_block
+        self.task_block: nn.Module | None = None
+        self.task_name = task_name
+        self.weight_tying = weight_tying
+        self.softmax_temperature = float(softmax_temperature)
+        self.padding_idx = padding_idx
+        self.target_dim = target_dim
+        self.hf_format = hf_format
+        self.masking: nn.Module | None = None
+        self._log_probabilities = get_compat() == "0.1"
+
+    # -- building --------------------------------------------------------------------------------
+
+    def build(self, body: nn.Module, input_size: tuple[int, ...], inputs: nn.Module) -> None:
+        """Connect the task to the input block's item table and masking."""
+        if inputs is None or getattr(inputs, "item_id", None) is None:
+            raise ValueError(
+                "NextItemPredictionTask: the model needs an input block with a column tagged"
+                " item_id; give Head(..., inputs=...)"
+            )
+        if inputs.masking is None:
+            raise ValueError(
+                "NextItemPredictionTask: the input block needs a masking, e.g."
+                " TabularSequenceFeatures.from_schema(..., masking='mlm')"
+            )
+        old = get_compat() == "0.1"
+        self.masking = inputs.masking
+        self.padding_idx = inputs.masking.padding_idx
+        self.embeddings = inputs.categorical_module.embedding_tables
+        self.item_embedding_table = inputs.item_embedding_table
+        table, width = self.item_embedding_table, int(input_size[-1])
+        block = self._task_block
+        if block is None and self.weight_tying and width != table.embedding_dim:
+            LOG.warning(
+                "Projecting inputs of NextItemPredictionTask to'%d' As weight tying requires the"
+                " input dimension '%d' to be equal to the item-id embedding dimension '%d'",
+                table.embedding_dim,
+                width,
+                table.embedding_dim,
+            )
+            block = MLPBlock([table.embedding_dim], activation=nn.ReLU if old else None)
+        if isinstance(block, BuildableBlock):
+            block = block.build(input_size)
+        self.task_block = block
+        if block is not None:
+            width = int(block.output_size()[-1])
+        if self.weight_tying and width != table.embedding_dim:
+            raise ValueError(
+                "NextItemPredictionTask: with weight_tying task_block must end in the item table's"
+                f" width, {table.embedding_dim}; got {width}"
+            )
+        rows = table.num_embeddings if self.target_dim is None else self.target_dim
+        if self.weight_tying and rows != table.num_embeddings:
+            raise ValueError(
+                "NextItemPredictionTask: with weight_tying target_dim must be the item table's"
+                f" rows, {table.num_embeddings}; got {rows}"
+            )
+        tied = table if self.weight_tying else None
+        self.pre = _Scorer(_ItemScores(tied, rows, width, bias=old))
+
+    # -- the pass --------------------------------------------------------------------------------
+
+    def _hidden(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., D_body) -> (..., D) float32, what is scored against the items."""
+        hidden = hidden.float()
+        if self.task_block is None:
+            return hidden
+        if takes_mode(self.task_block):
+            return self.task_block(hidden, training=self.training)
+        return self.task_block(hidden)
+
+    def forward(
+        self,
+        inputs: torch.Tensor | tuple[torch.Tensor, ...],
+        targets: torch.Tensor | None = None,
+        training: bool = False,
+        testing: bool = False,
+        top_k: int | None = None,
+    ) -> dict[str, object] | torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(inputs, (tuple, list)):  # GRU: (outputs, state)
+            inputs = inputs[0]
+        if training or testing:
+            return self._scored(inputs, training)
+        return self._recommended(inputs, top_k)
+
+    def _scored(self, inputs: torch.Tensor, training: bool) -> dict[str, object]:
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        labels = self.masking.masked_targets.reshape(-1)
+        last_item_only = not training and self.masking.eval_on_last_item_seq_only
+        if last_item_only:
+            # At most one target per session: the first B entries of the row list hold them all.
+            rows = self.masking.rows[: inputs.shape[0]]
+            present = rows >= 0
+            rows = rows.clamp(min=0)
+            labels = torch.where(present, labels[rows], self.padding_idx)
+            flat = flat[rows]
+        logits = LazyLogits(
+            self._hidden(flat),
+            self.pre.module.items,
+            labels,
+            bias=self.pre.module.output_layer_bias,
+            temperature=self.softmax_temperature,
+            padding_idx=self.padding_idx,
+            log_probabilities=self._log_probabilities,
+        )
+        return {"loss": self._loss(logits), "labels": labels, "predictions": logits}
+
+    def _loss(self, logits: LazyLogits) -> torch.Tensor:
+        loss = self.loss
+        if not _is_plain_cross_entropy(loss):
+            return loss(logits.dense(), logits.labels[logits.labels != self.padding_idx])
+        return tied_softmax_loss(
+            logits.hidden,
+            logits.items,
+            logits.labels,
+            bias=logits.bias,
+            temperature=self.softmax_temperature,
+            label_smoothing=getattr(loss, "label_smoothing", 0.0),
+            ignore_index=self.padding_idx,
+            reduction=loss.reduction,
+        )
+
+    def _recommended(
+        self, inputs: torch.Tensor, top_k: int | None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        # rows: the flat position at which each session's prediction is read; -1 for empty sessions
+        rows = self.masking.rows[: inputs.shape[0]].clamp(min=0)
+        hidden = self._hidden(inputs.reshape(-1, inputs.shape[-1])[rows])
+        items, bias = self.pre.module.items, self.pre.module.output_layer_bias
+        if top_k is not None:
+            return item_topk(hidden, items, top_k, bias=bias, temperature=self.softmax_temperature)
+        scores = hidden @ items.T
+        if bias is not None:
+            scores = scores + bias
+        scores = scores / self.softmax_temperature
+        return scores.log_softmax(-1) if self._log_probabilities else scores
+
+    # -- metrics ---------------------------------------------------------------------------------
+
+    def calculate_metrics(
+        self, predictions: LazyLogits | torch.Tensor, targets: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Count a batch into the metrics; returns the batch's own values by key."""
+        rank = predictions.target_rank() if isinstance(predictions, LazyLogits) else None
+        found = {}
+        for metric in self.metrics:
+            values = metric(predictions, targets) if rank is None else metric.add_rank(rank)
+            found.update(self._named(metric, values))
+        return found
+
+    def compute_metrics(self, mode: str | None = None) -> dict[str, torch.Tensor]:
+        """The metrics over all batches since the last reset, by key, e.g. next-item/ndcg_at_10."""
+        found = {}
+        for metric in self.metrics:
+            found.update(self._named(metric, metric.compute(), mode))
+        return found
+
+    def reset_metrics(self) -> None:
+        for metric in self.metrics:
+            metric.reset()
+
+    def _named(
+        self, metric: RankingMetric, values: torch.Tensor, mode: str | None = None
+    ) -> dict[str, torch.Tensor]:
+        prefix = f"{mode}_{self.task_name}" if mode else self.task_name
+        return {
+            f"{prefix}/{metric.name}_{k}": v for k, v in zip(metric.top_ks, values, strict=True)
+        }
+
+
+def _default_metrics() -> list[RankingMetric]:
+    # Made anew for each task: the reference shares one set between all models of a process.
+    kinds = (NDCGAt, AvgPrecisionAt, RecallAt)
+    return [kind(top_ks=[10, 20], labels_onehot=True) for kind in kinds]
+
+
+def _is_plain_cross_entropy(loss: nn.Module) -> bool:
+    """Whether tied_softmax_loss computes this loss. NLLLoss stands behind a log-softmax in 0.1."""
+    if not isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)) or loss.weight is not None:
+        return False
+    return loss.reduction in ("mean", "sum")
