@@ -1,0 +1,60 @@
+# One verb each. `make demo` and `make test` need Python 3.10+, make and a C++ compiler; they make
+# the environment in .venv/ themselves.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+# Without a GPU the CPU build of torch is taken where that index can be reached: it is smaller by
+# several GB. TORCH_INDEX= (empty) asks the configured indexes alone.
+TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
+JOBS ?= auto
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+
+.PHONY: setup build test test-fast lint check fmt demo doctor clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: Python 3.10 or newer is needed; set PYTHON=python3.x"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "error: $(PYTHON) has no venv module (Debian, Ubuntu: apt-get install python3-venv)"; exit 1; }
+	$(PIP) install -q --retries 1 $(addprefix --extra-index-url ,$(TORCH_INDEX)) "$(TORCH)"
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(SOURCES)
+	$(PIP) install -q "setuptools>=77" wheel "cmake>=3.24" ninja "pybind11>=2.13"
+	$(PIP) install -q --no-build-isolation -e ".[test,lint]"
+	@touch $@
+
+build: setup
+
+demo: setup
+	$(BIN)/t4r-fast demo
+
+# One thread per test process: OpenMP teams of several processes slow each other down many times.
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+test-fast: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
+
+check: lint test
+
+fmt: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
+
+doctor: setup
+	$(BIN)/t4r-fast doctor
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info t4r_fast/*.so
