@@ -321,7 +321,9 @@ def _numbers(array: pa.Array, w: WantedColumn, at: str, rows: np.ndarray) -> np.
         raise InputError(f"{at}: the schema says {expected}, the file holds {kind}; run the ETL")
     if array.null_count:
         row = rows[np.argmax(array.is_null().to_numpy(zero_copy_only=False))]
-        raise InputError(f"{at}, row {row}: a value is null; fill it (the ETL does) or drop the row")
+        raise InputError(
+            f"{at}, row {row}: a value is null; fill it (the ETL does) or drop the row"
+        )
     numbers = array.to_numpy().astype(w.dtype, copy=False)
     if w.dtype is np.float32:
         bad = ~np.isfinite(numbers)
@@ -366,9 +368,7 @@ def _session_lengths(
     return lengths
 
 
-def _without_pads(
-    block: RowBlock, item_id: str, stored: np.ndarray, ids: np.ndarray
-) -> np.ndarray:
+def _without_pads(block: RowBlock, item_id: str, stored: np.ndarray, ids: np.ndarray) -> np.ndarray:
     at = f"data loader: {block.origin}, row "
     real = ids != 0
     row = np.repeat(np.arange(len(stored)), stored)

@@ -1,0 +1,51 @@
+"""Data loaders of the drop-in layer, by the engine names of the reference."""
+
+from __future__ import annotations
+
+from t4r_fast.errors import InputError
+from t4r_fast.torch.data.loader import ParquetDataLoader, SessionBatches
+
+__all__ = [
+    "DATA_LOADER_ENGINES",
+    "MerlinDataLoader",
+    "NVTabularDataLoader",
+    "ParquetDataLoader",
+    "PyarrowDataLoader",
+    "SessionBatches",
+    "T4RecDataLoader",
+]
+
+# One loader answers every name of the reference's: none of its engines is needed.
+DATA_LOADER_ENGINES: dict[str, type[ParquetDataLoader]] = dict.fromkeys(
+    (
+        "parquet",
+        "merlin",
+        "merlin_dataloader",
+        "nvtabular",
+        "nvtabular_dataloader",
+        "pyarrow",
+        "pyarrow_builder",
+    ),
+    ParquetDataLoader,
+)
+
+MerlinDataLoader = NVTabularDataLoader = PyarrowDataLoader = ParquetDataLoader
+
+
+class T4RecDataLoader:
+    """Finds a data loader by the name of its engine."""
+
+    @classmethod
+    def parse(cls, engine: str | type) -> type:
+        """The loader class of `engine`: "parquet" or a name of the reference's engines.
+
+        A class is returned as it is. Raises InputError for a name that is not known.
+        """
+        if not isinstance(engine, str):
+            return engine
+        if engine not in DATA_LOADER_ENGINES:
+            raise InputError(
+                f"data_loader_engine must be one of {', '.join(DATA_LOADER_ENGINES)};"
+                f" got {engine!r}"
+            )
+        return DATA_LOADER_ENGINES[engine]
