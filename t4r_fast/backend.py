@@ -1,9 +1,9 @@
 """Which implementation of an op runs: plain PyTorch, C++, Triton or CUDA.
 
-`pick` chooses per op and device: what is forced, else a native kernel (C++ on a CPU, CUDA on a GPU),
-else Triton, else the reference. `t4r-fast doctor` prints the choice (`table`). Native kernels live in
-the dispatcher's namespace `t4r_fast`, Triton's in `t4r_fast_triton`; their schemas are declared here
-in Python, once.
+`pick` chooses per op and device: what is forced, else a native kernel (C++ on a CPU, CUDA on a
+GPU), else Triton, else the reference. `t4r-fast doctor` prints the choice (`table`). Native kernels
+live in the dispatcher's namespace `t4r_fast`, Triton's in `t4r_fast_triton`; an op declares their
+schemas in Python, once.
 """
 
 from __future__ import annotations
@@ -133,12 +133,12 @@ def _pick_device(op: str, device: str) -> str:
     if _forced is not None:
         if _forced == "reference" or device in kernels.get(_forced, ()):
             return _forced
-        raise RuntimeError(
-            f"{op}: backend '{_forced}' is forced, but {why_not(op, _forced, device)}"
-        )
-    for name in ("cpu", "cuda", "triton"):
-        if device in kernels.get(name, ()):
-            return name
+        reason = why_not(op, _forced, device)
+        raise RuntimeError(f"{op}: backend '{_forced}' is forced, but {reason}")
+    if device in kernels.get(device, ()):  # the native backend of a device has its name
+        return device
+    if device == "cuda" and device in kernels.get("triton", ()):
+        return "triton"
     return "reference"
 
 

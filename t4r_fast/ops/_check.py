@@ -96,7 +96,7 @@ def check_rows(op: str, hidden: Tensor, rows: Tensor | None) -> None:
     check_values(
         rows >= hidden.shape[0],
         rows,
-        f"{op}: rows must be < {hidden.shape[0]} (the rows of hidden), or negative to skip an entry",
+        f"{op}: rows must be < {hidden.shape[0]} (the rows of hidden), or negative to skip",
         "entry",
     )
 

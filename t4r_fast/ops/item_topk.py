@@ -31,7 +31,7 @@ def item_topk(
 ) -> tuple[Tensor, Tensor]:
     """The k best-scored items of each row, best first; the N x V scores are never stored.
 
-    scores, ids = ((hidden @ items.T + bias) / temperature).topk(k)      equal scores: lowest id first
+    scores, ids = ((hidden @ items.T + bias) / temperature).topk(k)  # equal scores: lowest id first
 
     hidden       (N, D)  float32, float16, bfloat16, float64
     items        (V, D)  dtype of hidden, V >= 1
@@ -43,12 +43,12 @@ def item_topk(
     exclude      (N, S)  int64, item ids that row must not be given (say, those already seen);
                          negative entries are ignored
     padding_idx  int     an item id that no row is given
-    returns      scores (N, k) float32 (float64 for float64) and ids (N, k) int64, or (M, k) with rows
+    returns      scores (N, k) float32 (float64 for float64) and ids (N, k) int64; with rows (M, k)
 
     Where fewer than k items are left the rest is score -inf and id -1, as is a skipped row; an item
     whose score is -inf is never returned. nan ranks as +inf, above everything. Not differentiable.
-    Memory: O(N k) and one chunk of the items. Raises ValueError or TypeError on shapes, dtypes and k,
-    IndexError on a row or id out of range.
+    Memory: O(N k) and one chunk of the items. Raises ValueError or TypeError on shapes, dtypes and
+    options, IndexError on a row or id out of range.
     Replaces torch.topk over the logits in transformers4rec.torch.model.base.Model and its Trainer.
     """
     check_scores("item_topk", hidden, items, bias)
@@ -82,6 +82,7 @@ def _check_exclude(hidden: Tensor, items: Tensor, exclude: Tensor) -> None:
     check_values(
         exclude >= items.shape[0],
         exclude,
-        f"item_topk: exclude must be < {items.shape[0]} (the rows of items), or negative to be ignored",
+        f"item_topk: exclude must be < {items.shape[0]} (the rows of items), "
+        "or negative to be ignored",
         "place",
     )

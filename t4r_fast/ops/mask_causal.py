@@ -27,8 +27,8 @@ def mask_causal(
     "train"       at positions 0 to n - 2; all other positions are masked
     "train_last"  only at position n - 2 (train_on_last_item_seq_only); padding is masked
     "last"        evaluation, the same rule: only at position n - 2; padding is masked
-    "next"        inference: nothing is labelled, padding is masked, rows are where the prediction is
-                  read, position n - 1: exactly one for each session, an empty one at its position 0
+    "next"        inference: nothing is labelled, padding is masked, rows are where the prediction
+                  is read, position n - 1: one for each session, an empty one at its position 0
 
     item_ids      (B, L) int64, padding on the right
     padding_idx   int, the id of padding
@@ -36,15 +36,16 @@ def mask_causal(
                   Transformers4Rec up to 23.05 did
     returns       SequenceMask(targets (B, L), mask (B, L), rows (B * L,), count ())
 
-    Sessions of fewer than two items have no target. Raises ValueError or TypeError on shapes, dtypes,
-    options, or padding that is not on the right.
-    Replaces transformers4rec.torch.masking.CausalLanguageModeling; the zero vector that it puts into
-    the last column in training is left to the caller.
+    Sessions of fewer than two items have no target. Raises ValueError or TypeError on shapes,
+    dtypes, options, or padding that is not on the right.
+    Replaces transformers4rec.torch.masking.CausalLanguageModeling; the zero vector that it puts
+    into the last column in training is left to the caller.
     """
     check_mode("mask_causal", mode, tuple(MODES))
     if hide_history and MODES[mode] != reference.LAST:
         raise ValueError(
-            f"mask_causal: hide_history must be False in mode {mode!r}; it is for 'train_last' and 'last'"
+            "mask_causal: hide_history must be False unless mode is 'train_last' or 'last'; "
+            f"got mode {mode!r}"
         )
     check_item_ids("mask_causal", item_ids, padding_idx)
     functions = backend.ops(backend.pick("mask_causal", item_ids), reference)

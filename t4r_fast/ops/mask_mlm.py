@@ -21,7 +21,7 @@ def mask_mlm(
     padding_idx: int = 0,
     seed: Tensor | None = None,
 ) -> SequenceMask:
-    """Masked-language-model targets, mask, row list and count of padded sessions, without a host sync.
+    """Masked-language-model targets, mask, row list and count, without a host sync.
 
     With n the number of items of a session:
     "train"    each item is masked with `probability`; then one item at random is masked for
@@ -29,8 +29,9 @@ def mask_mlm(
     "last"     evaluation: only the last item, position n - 1, is masked
     "shifted"  the reference's evaluation of all positions: targets[i] = item_ids[i + 1], and every
                position with a target is masked
-    "next"     inference: all outputs have L + 1 positions; position n is masked, nothing is labelled,
-               rows are where the prediction is read: exactly one for each session, also an empty one
+    "next"     inference: all outputs have L + 1 positions; position n is masked, nothing is
+               labelled, rows are where the prediction is read: one for each session, also an empty
+               one
 
     item_ids     (B, L) int64, padding on the right
     probability  float, 0 to 1; "train" only
@@ -42,7 +43,8 @@ def mask_mlm(
 
     In all modes but "next" an empty session has no mask and no target. The random numbers are
     Philox4x32-10 of (row, position) compared as integers: every backend gives the same bits for a
-    seed. Raises ValueError or TypeError on shapes, dtypes, options, or padding that is not on the right.
+    seed. Raises ValueError or TypeError on shapes, dtypes, options, or padding that is not on the
+    right.
     Replaces transformers4rec.torch.masking.MaskedLanguageModeling.
     """
     check_mode("mask_mlm", mode, MODES)
@@ -56,7 +58,8 @@ def mask_mlm(
         seed = torch.randint(0, 2**63 - 1, (2,), device=item_ids.device)
     elif seed.shape != (2,) or seed.dtype != torch.int64:
         raise ValueError(
-            f"mask_mlm: seed must be int64 (2,), (key, offset); got {seed.dtype} {tuple(seed.shape)}"
+            "mask_mlm: seed must be int64 (2,), (key, offset); "
+            f"got {seed.dtype} {tuple(seed.shape)}"
         )
     check_device("mask_mlm", item_ids, seed=seed)
     functions = backend.ops(backend.pick("mask_mlm", item_ids), reference)

@@ -36,7 +36,7 @@ def ranking_metrics(
     rank     TargetRank, or a (N,) integer tensor of 0-based ranks; negative for an ignored row
     ks       cut-offs, each >= 1
     ties     how items with the score of the target count (TargetRank only):
-             "index"  lowest id first: the order of `item_topk`, so that metrics equal what is served
+             "index"  lowest id first: the order of `item_topk`, so metrics equal what is served
              "mean"   the expected metric when ties are shuffled
              "best"   the target first
              "worst"  the target last
@@ -73,8 +73,8 @@ def _span(rank: TargetRank | Tensor, ties: str) -> tuple[Tensor, Tensor]:
         return above + offset, torch.zeros_like(above)
     if ties != "index":
         raise ValueError(
-            f"ranking_metrics: ties={ties!r} needs a TargetRank (from target_rank); got a tensor of "
-            "ranks, which does not say what is tied"
+            f"ranking_metrics: ties={ties!r} needs a TargetRank (from target_rank); "
+            "got a tensor of ranks, which does not say what is tied"
         )
     if rank.dim() != 1 or rank.is_floating_point() or rank.dtype == torch.bool:
         raise TypeError(

@@ -27,10 +27,12 @@ def sequence_embedding(
     """Look up, join and mask the columns of padded sequences.
 
     parts = [table[column] for id columns, column itself for continuous ones]
-    out   = concat(parts, -1) or sum(parts);  out[pad] = 0 with zero_padding;  out[mask] = mask_vector
+    out   = concat(parts, -1) or sum(parts)
+    out[pad] = 0 with zero_padding; then out[mask] = mask_vector
 
     columns       each (B, L) int64 ids with a table, or (B, L) or (B, L, W_f) numbers without one
-    tables        for each column (V_f, D_f), or None for a continuous column; one float dtype for all
+    tables        for each column (V_f, D_f), or None for a continuous column; one dtype for all:
+                  float32, float16, bfloat16 or float64
     aggregation   "concat" in the order of columns, W = sum of widths; "sum", all widths equal
     mask          (B, L) bool, positions that become mask_vector
     mask_vector   (W,)   dtype of the tables
@@ -41,8 +43,9 @@ def sequence_embedding(
 
     Differentiable in tables, continuous columns and mask_vector; table gradients are dense and
     deterministic. B = 0 or L = 0 gives an empty result. Raises ValueError or TypeError on shapes,
-    dtypes and options, IndexError naming the column, position and id when an id is outside its table.
-    Replaces transformers4rec.torch SequenceEmbeddingFeatures + ConcatFeatures + apply_mask_to_inputs.
+    dtypes and options, IndexError naming column, position and id when an id is outside its table.
+    Replaces transformers4rec.torch's SequenceEmbeddingFeatures, ConcatFeatures and
+    MaskSequence.apply_mask_to_inputs.
     """
     columns, tables = list(columns), list(tables)
     _check_columns(columns, tables)

@@ -101,7 +101,8 @@ def _check_options(
         raise ValueError(f"tied_softmax_loss: z_loss must be >= 0 (0 is off); got {z_loss}")
     if reduction not in REDUCTIONS:
         raise ValueError(
-            f"tied_softmax_loss: reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}"
+            f"tied_softmax_loss: reduction must be one of {', '.join(REDUCTIONS)}; "
+            f"got {reduction!r}"
         )
 
 

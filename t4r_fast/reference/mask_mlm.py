@@ -25,7 +25,9 @@ def _train(item_ids: Tensor, seed: Tensor, threshold: int, padding_idx: int) -> 
 
     kind = (high << 3) & 0xFFFFFFFF
     words = philox(key, (block, session, kind | POSITION, low))
-    word = torch.stack(words, dim=2).reshape(sessions, -1)[:, :positions]  # four per counter
+    word = torch.stack(words, dim=2).reshape(sessions, 4 * len(block))[
+        :, :positions
+    ]  # four per counter
     mask = items & (word < threshold)
 
     extra, spared, _, _ = philox(key, (torch.zeros_like(session), session, kind | ROW, low))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def gains(k: int, device: torch.device) -> Tensor:
-    """The metrics of rank 0..k-1 at cut-off k, rows ndcg, recall, precision, mrr: float64 (4, k)."""
+    """ndcg, recall, precision and mrr at cut-off k of ranks 0 to k - 1: float64 (4, k)."""
     place = torch.arange(1, k + 1, dtype=torch.float64, device=device)
     ones = torch.ones_like(place)
     return torch.stack([1.0 / torch.log2(place + 1.0), ones, ones / k, 1.0 / place])

@@ -1,4 +1,4 @@
-"""tied_softmax_loss in plain PyTorch: chunks of items, online log-sum-exp, recomputed in backward."""
+"""tied_softmax_loss in plain PyTorch: item chunks, online log-sum-exp, recompute in backward."""
 
 from __future__ import annotations
 

@@ -1,0 +1,89 @@
+// mask_mlm: targets, mask and row list of masked language modelling, one pass over the sessions.
+// The draws are those of t4r_fast/reference/mask_mlm.py, bit for bit.
+
+#include <optional>
+
+#include "../philox.h"
+#include "sequence_mask.h"
+
+namespace t4r_fast {
+namespace {
+
+enum Mode : int64_t { kTrain, kLast, kShifted, kNext };
+enum Draw : uint32_t { kPosition, kRow };
+
+struct Seed {
+  Words counter(uint32_t index, int64_t session, Draw draw) const {
+    return {{index, static_cast<uint32_t>(session), kind | draw, low}};
+  }
+  uint64_t key;
+  uint32_t kind, low;
+};
+
+Seed read_seed(const Tensor& seed) {
+  CHECK_DIM("mask_mlm", seed, 1, "(2,)");
+  CHECK_INT64("mask_mlm", seed);
+  CHECK(seed.size(0) == 2, "mask_mlm: seed must have shape (2,); got (", seed.size(0), ",)");
+  const int64_t* data = seed.const_data_ptr<int64_t>();
+  const uint64_t offset = static_cast<uint64_t>(data[seed.stride(0)]);
+  return {static_cast<uint64_t>(data[0]), static_cast<uint32_t>(offset >> 32) << 3,
+          static_cast<uint32_t>(offset)};
+}
+
+// Bernoulli on each item, one more item for certain, never all items.
+void train(bool* mask, int64_t n, int64_t session, const Seed& seed, uint64_t threshold) {
+  int64_t masked = 0;
+  for (int64_t l = 0; l < n; l += 4) {
+    const Words words = philox(seed.key, seed.counter(l / 4, session, kPosition));
+    const int64_t stop = n - l < 4 ? n - l : 4;
+    for (int64_t lane = 0; lane < stop; ++lane)
+      masked += mask[l + lane] = words.w[lane] < threshold;
+  }
+  if (n == 0) return;
+  const Words words = philox(seed.key, seed.counter(0, session, kRow));
+  const int64_t extra = below(words.w[0], n);
+  masked += !mask[extra];
+  mask[extra] = true;
+  if (masked == n) mask[below(words.w[1], n)] = false;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> mask_mlm_fwd_cpu(const Tensor& item_ids,
+                                                            const std::optional<Tensor>& seed,
+                                                            int64_t threshold, int64_t mode,
+                                                            int64_t padding_idx) {
+  const Sessions sessions("mask_mlm", item_ids, padding_idx);
+  CHECK(mode >= kTrain && mode <= kNext, "mask_mlm: mode must be 0 to 3; got ", mode);
+  CHECK(mode != kTrain || seed.has_value(), "mask_mlm: seed must be given in mode 'train'");
+  const Seed drawn = mode == kTrain ? read_seed(*seed) : Seed{};
+  const int64_t positions = sessions.positions + (mode == kNext);
+  MaskOutputs out(item_ids, sessions.count, positions);
+  int64_t* targets = out.targets.mutable_data_ptr<int64_t>();
+  bool* masks = out.mask.mutable_data_ptr<bool>();
+
+  torch::stable::parallel_for(0, sessions.count, kSessionsPerThread, [&](int64_t b, int64_t stop) {
+    for (; b < stop; ++b) {
+      int64_t* target = targets + b * positions;
+      bool* mask = masks + b * positions;
+      const int64_t n = sessions.length(b);
+      for (int64_t l = 0; l < positions; ++l) mask[l] = false;
+      if (mode == kTrain) train(mask, n, b, drawn, static_cast<uint64_t>(threshold));
+      if (mode == kLast && n > 0) mask[n - 1] = true;
+      if (mode == kShifted) {
+        for (int64_t l = 0; l < n - 1; ++l) mask[l] = true;
+      }
+      if (mode == kNext) mask[n] = true;
+      const int64_t ahead = mode == kShifted;
+      for (int64_t l = 0; l < positions; ++l) {
+        target[l] = mask[l] && mode != kNext ? sessions.item(b, l + ahead) : padding_idx;
+      }
+    }
+  });
+  return out.list_rows([masks](int64_t i) { return masks[i]; });
+}
+
+}  // namespace
+}  // namespace t4r_fast
+
+STABLE_TORCH_LIBRARY_IMPL(t4r_fast, CPU, m) {
+  m.impl("mask_mlm_fwd", TORCH_BOX(&t4r_fast::mask_mlm_fwd_cpu));
+}
