@@ -1,0 +1,461 @@
+"""Commands that train, judge and use models: demo, tutorial, train, evaluate, recommend."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from t4r_fast.cli.console import RichProgress, notes, results
+from t4r_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from t4r_fast.tutorial.sessions import SessionData
+
+# -- options that several commands share -----------------------------------------------------------
+
+MODELS_HELP = "gru_as_printed, gru, xlnet_mlm, xlnet_mlm_side; several with commas."
+Epochs = Annotated[int, typer.Option(help="Epochs per window.")]
+BatchSize = Annotated[int, typer.Option(help="Sessions per training step.")]
+EvalBatchSize = Annotated[
+    int, typer.Option(help="Sessions per evaluation step (changes the printed GRU's metrics).")
+]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(help="For every model. Default: .00071 for a GRU, .000666 for an XLNet."),
+]
+DModel = Annotated[
+    int | None, typer.Option("--d-model", help="Body width. Default: 128 for a GRU, 192 for XLNet.")
+]
+Layers = Annotated[
+    int | None, typer.Option("--layers", help="Body layers. Default: 1 for a GRU, 2 for XLNet.")
+]
+Heads = Annotated[int, typer.Option("--heads", help="Attention heads of XLNet.")]
+ItemDim = Annotated[int, typer.Option(help="Width of the embedding tables.")]
+Dropout = Annotated[float, typer.Option(help="Dropout of XLNet.")]
+Length = Annotated[int, typer.Option("--max-length", help="Longest session; the last items stay.")]
+Seed = Annotated[int, typer.Option(help="Seed of split, weights, order, masks and dropout.")]
+CheckpointSteps = Annotated[
+    int, typer.Option(help="Steps between checkpoints inside a window, for --resume.")
+]
+Compat = Annotated[
+    str | None,
+    typer.Option(help="Behave like Transformers4Rec 0.1 or 23.12. Default: 23.12."),
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for everything that is written.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in OUT.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in OUT.")]
+SchemaFile = Annotated[
+    Path | None, typer.Option("--schema", help="Default: schema.pbtxt beside or above the windows.")
+]
+Split = Annotated[str, typer.Option(help="train, valid or test.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module to the app."""
+    app.command()(demo)
+    app.command()(tutorial)
+    app.command()(train)
+    app.command()(evaluate)
+    app.command()(recommend)
+
+
+# -- commands --------------------------------------------------------------------------------------
+
+
+def demo(
+    out: Out = Path("demo-out"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A minute: less data, models that learn less.")
+    ] = False,
+    seed: Seed = 0,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make events of a shop, turn them into sessions, train and compare the models.
+
+    Example: [bold]t4r-fast demo --out demo-out[/bold]
+    """
+    from t4r_fast.tutorial import state
+    from t4r_fast.tutorial.demo import DEMO, QUICK, make_events
+    from t4r_fast.tutorial.run import run_etl, train_and_report
+
+    _quiet()
+    size = dataclasses.replace(QUICK if quick else DEMO, seed=seed)
+    options = {"command": "demo", **dataclasses.asdict(size)}
+    state.open_output(out, options, resume=resume, overwrite=overwrite)
+    with RichProgress() as progress:
+        events = make_events(size, out, progress)
+        data = run_etl([events], out, window="day", seed=seed, progress=progress)
+        found = train_and_report(
+            data,
+            out,
+            size.training(),
+            title="made-up shop events",
+            window="day",
+            command=_command(),
+            progress=progress,
+        )
+    _show(found, out)
+
+
+def tutorial(
+    inputs: Annotated[
+        list[Path], typer.Argument(help="Event files (CSV, TSV, parquet) or a folder of them.")
+    ],
+    out: Out,
+    window: Annotated[str, typer.Option(help="day, or a duration such as 1h or 30m.")] = "day",
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            "--map", help="session=SessionId,item=ItemId,time=Time[,category=..,brand=..]"
+        ),
+    ] = None,
+    keep: Annotated[
+        str, typer.Option(help="End of long sessions that stays: last, first.")
+    ] = "last",
+    event_types: Annotated[
+        str | None, typer.Option(help="Keep only these event types, such as view,cart.")
+    ] = None,
+    models: Annotated[
+        str | None, typer.Option(help=MODELS_HELP + " Default: all that the data allows.")
+    ] = None,
+    epochs: Epochs = 3,
+    batch_size: BatchSize = 256,
+    eval_batch_size: EvalBatchSize = 32,
+    learning_rate: LearningRate = None,
+    d_model: DModel = None,
+    layers: Layers = None,
+    heads: Heads = 4,
+    item_dim: ItemDim = 64,
+    dropout: Dropout = 0.3,
+    max_length: Length = 20,
+    seed: Seed = 0,
+    checkpoint_steps: CheckpointSteps = 500,
+    compat: Compat = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Events to sessions, the tutorial's models over sliding windows, a table and a report.
+
+    Example: [bold]t4r-fast tutorial 2019-Oct.csv --window 30m --out OUT[/bold]
+    """
+    from t4r_fast import etl
+    from t4r_fast.tutorial import state
+    from t4r_fast.tutorial.run import run_etl, train_and_report
+    from t4r_fast.tutorial.windows import TrainingOptions
+
+    _quiet()
+    level = _compat(compat)
+    training = TrainingOptions(
+        epochs=epochs,
+        batch_size=batch_size,
+        eval_batch_size=eval_batch_size,
+        learning_rate=learning_rate,
+        d_model=d_model,
+        n_layer=layers,
+        n_head=heads,
+        item_dim=item_dim,
+        dropout=dropout,
+        max_sequence_length=max_length,
+        seed=seed,
+        checkpoint_steps=checkpoint_steps,
+    )
+    names = _models(models)
+    events = {
+        "map": etl.parse_map(columns) if columns else None,
+        "keep": keep,
+        "event_types": _listed(event_types),
+        "max_length": max_length,
+        "seed": seed,
+    }
+    identity = {
+        "command": "tutorial",
+        "inputs": _identity(inputs),
+        "window": window,
+        "models": names,
+        "compat": level,
+        **events,
+        **dataclasses.asdict(training),
+    }
+    state.open_output(out, identity, resume=resume, overwrite=overwrite)
+    with RichProgress() as progress:
+        data = run_etl(list(inputs), out, window=window, progress=progress, **events)
+        found = train_and_report(
+            data,
+            out,
+            training,
+            names=names,
+            title=inputs[0].name + (" and others" if len(inputs) > 1 else ""),
+            window=window,
+            command=_command(),
+            progress=progress,
+        )
+    _show(found, out)
+
+
+def train(
+    data: Annotated[Path, typer.Argument(help="Output folder of `t4r-fast etl`.")],
+    out: Out,
+    model: Annotated[str, typer.Option(help=MODELS_HELP)] = "xlnet_mlm",
+    schema: SchemaFile = None,
+    windows: Annotated[
+        str | None, typer.Option(help="Windows to train on, such as 1-3. Default: all.")
+    ] = None,
+    epochs: Epochs = 3,
+    batch_size: BatchSize = 256,
+    eval_batch_size: EvalBatchSize = 32,
+    learning_rate: LearningRate = None,
+    d_model: DModel = None,
+    layers: Layers = None,
+    heads: Heads = 4,
+    item_dim: ItemDim = 64,
+    dropout: Dropout = 0.3,
+    max_length: Length = 20,
+    seed: Seed = 0,
+    checkpoint_steps: CheckpointSteps = 500,
+    compat: Compat = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train on sessions by window, evaluate each window on the next one.
+
+    Example: [bold]t4r-fast train OUT/data --model xlnet_mlm --windows 1-3 --out RUN[/bold]
+    """
+    from t4r_fast.tutorial import state
+    from t4r_fast.tutorial.run import train_and_report
+    from t4r_fast.tutorial.sessions import SessionData
+    from t4r_fast.tutorial.windows import TrainingOptions
+
+    _quiet()
+    level = _compat(compat)
+    training = TrainingOptions(
+        epochs=epochs,
+        batch_size=batch_size,
+        eval_batch_size=eval_batch_size,
+        learning_rate=learning_rate,
+        d_model=d_model,
+        n_layer=layers,
+        n_head=heads,
+        item_dim=item_dim,
+        dropout=dropout,
+        max_sequence_length=max_length,
+        seed=seed,
+        checkpoint_steps=checkpoint_steps,
+    )
+    names = _models(model)
+    first, last = _window_range(windows)
+    sessions = SessionData(data, schema)
+    identity = {
+        "command": "train",
+        "inputs": _identity(sorted(sessions.folder.glob("*/*.parquet"))),
+        "models": names,
+        "windows": [first, last],
+        "compat": level,
+        **dataclasses.asdict(training),
+    }
+    state.open_output(out, identity, resume=resume, overwrite=overwrite)
+    with RichProgress() as progress:
+        found = train_and_report(
+            sessions,
+            out,
+            training,
+            names=names,
+            first=first,
+            last=last,
+            title=sessions.folder.parent.name,
+            window=_etl_window(sessions),
+            command=_command(),
+            progress=progress,
+        )
+    _show(found, out)
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A saved model, such as OUT/models/xlnet_mlm.")],
+    data: Annotated[Path, typer.Argument(help="Output folder of `t4r-fast etl`.")],
+    window: Annotated[int, typer.Option(help="The window to judge on.")],
+    split: Split = "valid",
+    schema: SchemaFile = None,
+    batch_size: EvalBatchSize = 32,
+) -> None:
+    """Judge a saved model on the sessions of one window.
+
+    Example: [bold]t4r-fast evaluate OUT/models/xlnet_mlm OUT/data --window 4 --split test[/bold]
+    """
+    from t4r_fast.tutorial import saved_model, serving
+    from t4r_fast.tutorial.models import KINDS
+    from t4r_fast.tutorial.results import METRIC_TITLES
+    from t4r_fast.tutorial.sessions import SessionData
+
+    _quiet()
+    saved = saved_model.load(model)
+    sessions = SessionData(data, schema)
+    with notes.status("evaluating"):
+        found = serving.evaluate(saved, sessions, window, split, batch_size)
+    table = Table(
+        title=f"{KINDS[saved.name].title}, window {window}, {split}", title_justify="left"
+    )
+    for heading in (*METRIC_TITLES.values(), "Loss", "Sessions", "Sessions/s"):
+        table.add_column(heading, justify="right")
+    table.add_row(
+        *(f"{found['metrics'][m]:.4f}" for m in METRIC_TITLES),
+        f"{found['loss']:.4f}",
+        f"{found['sessions']:,}",
+        f"{found['sessions'] / found['seconds']:,.0f}",
+    )
+    results.print(table)
+
+
+def recommend(
+    model: Annotated[Path, typer.Argument(help="A saved model, such as OUT/models/xlnet_mlm.")],
+    workflow: Annotated[
+        Path | None,
+        typer.Option(help="The ETL's workflow. Default: OUT/data/workflow of the model's OUT."),
+    ] = None,
+    items: Annotated[
+        str | None, typer.Option(help="Items of one session in time order, with commas.")
+    ] = None,
+    sessions: Annotated[
+        Path | None,
+        typer.Option(help="Events, or a parquet file of the ETL: one answer a session."),
+    ] = None,
+    k: Annotated[int, typer.Option("-k", help="How many items to recommend.")] = 10,
+    exclude_seen: Annotated[
+        bool, typer.Option("--exclude-seen", help="Never recommend an item of the session itself.")
+    ] = False,
+) -> None:
+    """Recommend the next items of a session, as item ids of the events with scores.
+
+    Example: [bold]t4r-fast recommend OUT/models/xlnet_mlm --items 1004856,1004767 -k 5[/bold]
+    """
+    from t4r_fast.etl import Workflow
+    from t4r_fast.tutorial import saved_model, serving
+
+    _quiet()
+    if (items is None) == (sessions is None):
+        raise InputError("give either --items ID,ID,... or --sessions FILE")
+    saved = saved_model.load(model)
+    fitted = Workflow.load(workflow if workflow is not None else _workflow_of(model))
+    if items is not None:
+        values = _listed(items)
+        given = serving.sessions_of_items(saved, fitted, values)
+        unknown = [v for v, i in zip(values, fitted.item_ids(values)) if i < serving.FIRST_ITEM]
+        if unknown:
+            notes.print(f"[yellow]note:[/yellow] never seen in training: {', '.join(unknown)}")
+    else:
+        given = serving.sessions_of_file(saved, fitted, sessions)
+    ids, scores = serving.recommend(saved, given, k, exclude_seen=exclude_seen)
+    named = "user_session" in given.columns
+    keys = given["user_session"].to_list() if named else range(1, len(ids) + 1)
+    table = Table()
+    for heading in ("session", "rank", "item", "score"):
+        table.add_column(heading, justify="left" if heading == "session" else "right")
+    for key, row, row_scores in zip(keys, ids, scores):
+        for rank, (value, score) in enumerate(zip(fitted.items(row), row_scores), 1):
+            if value is not None:
+                table.add_row(str(key) if rank == 1 else "", str(rank), str(value), f"{score:.4f}")
+    results.print(table)
+
+
+# -- what the commands share -----------------------------------------------------------------------
+
+
+def _quiet() -> None:
+    """Keep the libraries' own talk off the terminal; the commands say what matters."""
+    logging.getLogger("t4r_fast").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+
+
+def _compat(level: str | None) -> str:
+    from t4r_fast import get_compat, set_compat
+
+    if level is not None:
+        try:
+            set_compat(level)
+        except ValueError as e:
+            raise InputError(f"--compat: {e}") from e
+    return get_compat()
+
+
+def _listed(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def _models(text: str | None) -> list[str] | None:
+    from t4r_fast.tutorial.models import kind_of
+
+    if text is None:
+        return None
+    names = _listed(text)
+    for name in names:
+        kind_of(name)
+    return names
+
+
+def _window_range(text: str | None) -> tuple[int | None, int | None]:
+    if text is None:
+        return None, None
+    first, dash, last = text.partition("-")
+    if not first.strip().isdecimal() or (dash and not last.strip().isdecimal()):
+        raise InputError(f"--windows: give a window or a range such as 1-3; got {text!r}")
+    return int(first), int(last) if dash else int(first)
+
+
+def _identity(paths: list[Path]) -> list[list]:
+    """[name, bytes] of the files: another input may not be resumed with."""
+    found = []
+    for path in paths:
+        size = path.stat().st_size if path.is_file() else None
+        found.append([str(path), size])
+    return found
+
+
+def _etl_window(sessions: SessionData) -> str:
+    from t4r_fast.tutorial.state import read_json
+
+    summary = sessions.folder.parent / "summary.json"
+    return str(read_json(summary).get("window", "unknown")) if summary.is_file() else "unknown"
+
+
+def _workflow_of(model: Path) -> Path:
+    path = model.resolve().parent.parent / "data" / "workflow"
+    if not path.is_dir():
+        raise InputError(f"{path}: no workflow there; name the ETL's with --workflow")
+    return path
+
+
+def _command() -> str:
+    return "t4r-fast " + shlex.join(sys.argv[1:])
+
+
+def _show(found: dict, out: Path) -> None:
+    from t4r_fast.tutorial.baselines import BASELINES
+    from t4r_fast.tutorial.results import METRIC_TITLES, final_metrics, gain_over_popularity
+
+    table = Table(title="Last window", title_justify="left")
+    table.add_column("Model")
+    for heading in (*METRIC_TITLES.values(), "vs popularity", "train sessions/s"):
+        table.add_column(heading, justify="right")
+    for part in ("models", "baselines"):
+        for name, entry in found[part].items():
+            gain = gain_over_popularity(found, name)
+            speed = entry["windows"][-1].get("train_sessions_per_second")
+            table.add_row(
+                entry["title"] if part == "models" else BASELINES[name],
+                *(f"{final_metrics(entry['windows'])[m]:.4f}" for m in METRIC_TITLES),
+                "-" if gain is None else f"{gain:.2f}x",
+                "-" if speed is None else f"{speed:,.0f}",
+            )
+        table.add_section()
+    results.print(table)
+    results.print(f"Report:  {out / 'report.html'}", soft_wrap=True, highlight=False)
+    results.print(f"Results: {out / 'results.txt'}, results.json", soft_wrap=True, highlight=False)

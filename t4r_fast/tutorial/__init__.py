@@ -1,0 +1,1 @@
+"""The tutorial end to end: sliding windows, the models, two baselines, a report."""
