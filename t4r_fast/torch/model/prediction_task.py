@@ -117,7 +117,7 @@ class NextItemPredictionTask(nn.Module):
         old = get_compat() == "0.1"
         self.masking = inputs.masking
         self.padding_idx = inputs.masking.padding_idx
-        self.embeddings = inputs.categorical_module.embedding_tables
+        self.embeddings = inputs.categorical_module
         self.item_embedding_table = inputs.item_embedding_table
         table, width = self.item_embedding_table, int(input_size[-1])
         block = self._task_block

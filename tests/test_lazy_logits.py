@@ -1,0 +1,59 @@
+"""LazyLogits: formed only on demand, and then an ordinary tensor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from t4r_fast.torch.model.lazy_logits import LazyLogits
+
+
+@pytest.fixture
+def logits():
+    torch.manual_seed(0)
+    labels = torch.tensor([2, 0, 5, 1])
+    return LazyLogits(
+        torch.randn(4, 3, requires_grad=True),
+        torch.randn(6, 3),
+        labels,
+        bias=torch.randn(6),
+        temperature=2.0,
+    )
+
+
+def test_becomes_a_tensor_where_one_is_used(logits):
+    kept = logits.labels != 0
+    want = (logits.hidden[kept] @ logits.items.T + logits.bias) / 2.0
+    assert "not formed" in repr(logits)
+    assert logits._dense is None
+    torch.testing.assert_close(torch.softmax(logits, -1), want.softmax(-1))
+    torch.testing.assert_close(logits + 1, want + 1)
+    torch.testing.assert_close(1 - logits, 1 - want)
+    torch.testing.assert_close(want @ torch.ones(6, 1), logits @ torch.ones(6, 1))
+    torch.testing.assert_close(torch.cat([want, want]), torch.cat([logits, want]))
+    assert torch.equal(logits > 0, want > 0)
+    assert logits.shape == (3, 6)
+    assert torch.equal(logits.argmax(-1), want.argmax(-1))
+    assert torch.equal(logits[0], want[0])
+    assert len(logits) == 3
+    logits.sum().backward()
+    assert logits.hidden.grad is not None
+
+
+def test_log_probabilities(logits):
+    logits.log_probabilities = True
+    torch.testing.assert_close(logits.dense().exp().sum(-1), torch.ones(3))
+
+
+def test_rank_and_topk_agree_with_the_formed_scores(logits):
+    rank = logits.target_rank()
+    dense = logits.dense()
+    kept = logits.labels != 0
+    own = dense.gather(1, logits.labels[kept][:, None])
+    assert torch.equal(rank.above[kept], (dense > own).sum(1))
+    assert rank.above[~kept].tolist() == [-1]
+    scores, ids = logits.topk(3)
+    want = dense.topk(3)
+    assert torch.equal(ids[kept], want.indices)
+    torch.testing.assert_close(scores[kept], want.values)
+    assert not logits.detach().hidden.requires_grad

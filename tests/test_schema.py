@@ -1,0 +1,115 @@
+"""Schema: the text form and the selections."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from t4r_fast.errors import InputError
+from t4r_fast.schema import ColumnSchema, Schema, Tags, ValueCount, embedding_sizes
+
+SEED_HEAD = """
+feature {
+  name: "user_session"
+  type: INT
+  int_domain { name: "user_session" min: 1 max: 1877365 is_categorical: false }
+  annotation { tag: "groupby_col" }
+}
+feature {
+  name: "category_id-list_seq"
+  value_count { min: 2 max: 20 }
+  type: INT
+  int_domain { name: "category_id-list_seq" min: 1 max: 566 is_categorical: true }
+  annotation { tag: "list" tag: "categorical" tag: "item" }
+}
+"""
+
+
+def test_reads_the_tutorials_schema():
+    schema = Schema().from_proto_text(SEED_HEAD)
+    assert schema.column_names == ["user_session", "category_id-list_seq"]
+    column = schema["category_id-list_seq"]
+    assert column.cardinality == 567
+    assert column.value_count == ValueCount(2, 20)
+    assert column.tags == ["list", "categorical", "item"]
+    assert schema.categorical_cardinalities() == {"category_id-list_seq": 567}
+
+
+def test_text_round_trip(tmp_path):
+    schema = Schema(
+        [
+            ColumnSchema.create_categorical(
+                "id", 118334, value_count=ValueCount(2, 20), tags=[Tags.ITEM_ID, Tags.LIST]
+            ),
+            ColumnSchema.create_continuous('prix "é" \\ ☕', min_value=0.5, tags=["list"]),
+            ColumnSchema("text", "BYTES"),
+        ]
+    )
+    path = tmp_path / "schema.pbtxt"
+    text = schema.to_proto_text(path)
+    assert text.isascii()
+    assert Schema().from_proto_text(path) == schema
+    assert Schema().from_proto_text(text) == schema
+    assert schema['prix "é" \\ ☕'].float_domain.max == math.inf
+
+
+def test_reads_other_spellings_of_the_format():
+    text = """# a comment
+    feature: < name: 'a', type: FLOAT; shape { dim { size: 3 } }
+      annotation: { tag: ["X", "y"] extra_metadata { [type.googleapis.com/S] { value: 1 } } } >
+    """
+    column = Schema().from_proto_text(text)["a"]
+    assert column.type == "FLOAT"
+    assert column.tags == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('feature { name: "a"\n type: }', "line 2: a value must stand here"),
+        ('feature { name: "a"\n', "'}' is missing"),
+        ("other { }", "holds no `feature"),
+        ("feature { type: INT }", "a feature has no name"),
+        ('feature { name: "a" } feature { name: "a" }', "must be unique"),
+        ("feature { 12: 3 }", "a field name must stand here; got '12'"),
+    ],
+)
+def test_bad_text_is_refused_with_its_place(text, said):
+    with pytest.raises(InputError, match=said):
+        Schema().from_proto_text(text)
+
+
+def test_missing_file_names_the_file(tmp_path):
+    with pytest.raises(InputError, match=r"cannot read .*nowhere\.pbtxt"):
+        Schema().from_proto_text(tmp_path / "nowhere.pbtxt")
+
+
+def test_selection():
+    schema = Schema(
+        [
+            ColumnSchema.create_categorical("item", 9, tags=["item_id", "list"]),
+            ColumnSchema.create_categorical("user", 4),
+            ColumnSchema.create_continuous("price", tags=["list"]),
+        ]
+    )
+    assert schema.select_by_tag(["list", "categorical"]).column_names == ["item"]
+    assert schema.remove_by_tag("list").column_names == ["user"]
+    assert schema.select_by_name(["price", "item"]).column_names == ["item", "price"]
+    assert schema.select_by_type("FLOAT").column_names == ["price"]
+    assert schema.item_id_column_name == "item"
+    assert (schema.select_by_name("item") + schema).column_names == ["item", "user", "price"]
+    with pytest.raises(InputError, match=r"no column \['prize'\]; there are"):
+        schema.select_by_name(["prize"])
+    with pytest.raises(InputError, match="exactly one column must carry the tag item_id"):
+        _ = schema.remove_by_name("item").item_id_column_name
+
+
+def test_cardinality_needs_a_domain():
+    with pytest.raises(InputError, match="'x' has no int_domain"):
+        _ = ColumnSchema("x", tags=["categorical"]).cardinality
+
+
+def test_embedding_sizes():
+    schema = Schema([ColumnSchema.create_categorical("a", 9999)])
+    assert embedding_sizes(schema) == {"a": 20}
