@@ -1,0 +1,438 @@
+"""The Trainer: the training loop of transformers around session models and parquet files.
+
+Evaluation streams: it keeps a loss sum and the metrics' counters, never the scores of a batch.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
+from transformers.trainer_utils import (
+    EvalLoopOutput,
+    PredictionOutput,
+    SchedulerType,
+    get_last_checkpoint,
+    has_length,
+)
+
+from t4r_fast.compat import get_compat, warn_once
+from t4r_fast.config.trainer import T4RecTrainingArguments, check_arguments
+from t4r_fast.errors import InputError
+from t4r_fast.schema import Schema
+from t4r_fast.torch.checkpoint import Checkpoints, _complete
+from t4r_fast.torch.data import T4RecDataLoader
+from t4r_fast.torch.data.given import resumable
+from t4r_fast.torch.evaluation import KeptPredictions, LossSum
+
+LOG = logging.getLogger("t4r_fast")
+
+
+class Trainer(Checkpoints, transformers.Trainer):
+    """Trains, evaluates and predicts with a session model.
+
+    model                     t4r_fast.torch.Model, or a module that takes and gives the same
+    args                      T4RecTrainingArguments
+    schema                    columns to read from parquet files
+    *_dataset_or_path         parquet file, pattern, folder, list of these, or a table
+    *_dataloader              an iterable of (inputs, targets) or of inputs, with `_batch_size`, in
+                              place of the files
+    callbacks                 as in transformers
+    compute_metrics           True: evaluate() gives the ranking metrics; else the loss alone
+    incremental_logging       count logged steps on over several train() calls
+    further options           those of transformers.Trainer; `tokenizer` is read as processing_class
+
+    All data attributes can be set between calls, as in `trainer.train_dataset_or_path = paths`.
+    Each train() keeps the optimizer's moments and starts a new learning rate schedule.
+
+    evaluate() gives floats under `eval/loss` and `eval/next-item/ndcg_at_10` at compat 0.1, and
+    under `eval_/...` at 23.12, beside eval_runtime, eval_samples_per_second, eval_steps_per_second.
+    The loss is the mean over target rows; the reference weighs the last, smaller batch like a full
+    one. predict() gives (ids, scores) of the predict_top_k best items for each session's last item,
+    with its labels. Replaces transformers4rec.torch.Trainer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: T4RecTrainingArguments | None = None,
+        schema: Schema | None = None,
+        train_dataset_or_path: Any = None,
+        eval_dataset_or_path: Any = None,
+        test_dataset_or_path: Any = None,
+        train_dataloader: Any = None,
+        eval_dataloader: Any = None,
+        test_dataloader: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        compute_metrics: bool | None = None,
+        incremental_logging: bool = False,
+        **options: Any,
+    ) -> None:
+        if compute_metrics not in (None, True, False):
+            raise TypeError(
+                "Trainer: compute_metrics must be True, False or None; give functions of your own"
+                f" as metrics of the prediction task. Got {compute_metrics!r}"
+            )
+        for name in ("data_collator", "compute_loss_func", "preprocess_logits_for_metrics"):
+            if options.pop(name, None) is not None:
+                raise TypeError(f"Trainer: {name} is not supported: batches come from the loader")
+        if "tokenizer" in options:
+            options.setdefault("processing_class", options.pop("tokenizer"))
+        args = T4RecTrainingArguments(output_dir="tmp_trainer") if args is None else args
+        check_arguments(args)
+        self.schema = schema
+        self.train_dataloader = train_dataloader
+        self.eval_dataloader = eval_dataloader
+        self.test_dataloader = test_dataloader
+        self.test_dataset_or_path = test_dataset_or_path
+        self.log_predictions_callback: Callable[..., None] | None = None
+        self.incremental_logging = incremental_logging
+        self.train_dataset_or_path = options.pop("train_dataset", train_dataset_or_path)
+        self.eval_dataset_or_path = options.pop("eval_dataset", eval_dataset_or_path)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=self.train_dataset_or_path,
+            eval_dataset=self.eval_dataset_or_path,
+            callbacks=[_Bookkeeping(self), *(callbacks or [])],
+            **options,
+        )
+        # transformers asks of its compute_metrics to be a function
+        self.compute_metrics = compute_metrics
+        self.model_accepts_loss_kwargs = False
+
+    # The names under which transformers looks for data; a loader wins over files.
+
+    @property
+    def train_dataset(self) -> Any:
+        return self.train_dataset_or_path
+
+    @train_dataset.setter
+    def train_dataset(self, data: Any) -> None:
+        self.train_dataset_or_path = data
+
+    @property
+    def eval_dataset(self) -> Any:
+        return self.eval_dataset_or_path if self.eval_dataloader is None else self.eval_dataloader
+
+    @eval_dataset.setter
+    def eval_dataset(self, data: Any) -> None:
+        if data is not self.eval_dataloader:
+            self.eval_dataset_or_path = data
+
+    # -- data ------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The loader set as train_dataloader, else one over the training files, shuffled."""
+        if self.train_dataloader is not None:
+            return resumable(self.train_dataloader)
+        shuffle = self.args.train_sampling_strategy != "sequential"
+        data = self.train_dataset_or_path
+        return resumable(self._loader(data, "train", self._train_batch_size, shuffle))
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """A loader over `eval_dataset`, else the one set, else one over the evaluation files.
+
+        `eval_dataset` may be a key of eval_dataset_or_path where that is a dict.
+        """
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        files = self.eval_dataset_or_path
+        if isinstance(files, dict) and isinstance(eval_dataset, str) and eval_dataset in files:
+            data = files[eval_dataset]
+        return self._loader(data, "eval", self.args.eval_batch_size, False)
+
+    def get_test_dataloader(self, test_dataset: Any = None) -> Any:
+        """A loader over `test_dataset`, else the one set, else one over the test files."""
+        data = test_dataset
+        if data is None:
+            data = self.test_dataloader
+        if data is None:
+            data = self.test_dataset_or_path
+        return self._loader(data, "test", self.args.eval_batch_size, False)
+
+    def _loader(self, data: Any, kind: str, batch_size: int, shuffle: bool) -> Any:
+        if data is None:
+            raise InputError(
+                f"Trainer: there are no {kind} data; set trainer.{kind}_dataset_or_path to parquet"
+                f" files, or trainer.{kind}_dataloader"
+            )
+        if isinstance(data, DataLoader) or hasattr(data, "_batch_size"):
+            return data
+        if self.schema is None:
+            raise InputError("Trainer: give a schema; it says which columns to read from the files")
+        args = self.args
+        return T4RecDataLoader.parse(args.data_loader_engine).from_schema(
+            self.schema,
+            data,
+            batch_size,
+            max_sequence_length=args.max_sequence_length,
+            shuffle=shuffle,
+            shuffle_buffer_size=args.shuffle_buffer_size,
+            drop_last=args.dataloader_drop_last,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            prefetch=args.dataloader_prefetch_factor or 4,
+        )
+
+    def num_examples(self, dataloader: Any) -> int:
+        """Sessions in one pass of the loader."""
+        dataset = getattr(dataloader, "dataset", None)
+        if dataset is not None and has_length(dataset):
+            return len(dataset)
+        return len(dataloader) * _batch_size(dataloader)
+
+    # -- learning rate ---------------------------------------------------------------------------
+
+    def reset_lr_scheduler(self) -> None:
+        """Let the next train() make a new schedule, also in place of one given by `optimizers`."""
+        self.lr_scheduler = None
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The schedule named by lr_scheduler_type; cosines wave by
+        learning_rate_num_cosine_cycles_by_epoch x num_train_epochs unless lr_scheduler_kwargs
+        says otherwise."""
+        if self.lr_scheduler is None:
+            args = self.args
+            options = dict(args.lr_scheduler_kwargs or {})
+            schedule = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(args.lr_scheduler_type)]
+            if "num_cycles" in inspect.signature(schedule).parameters:
+                cycles = args.learning_rate_num_cosine_cycles_by_epoch * args.num_train_epochs
+                options.setdefault("num_cycles", cycles)
+            self.lr_scheduler = get_scheduler(
+                args.lr_scheduler_type,
+                optimizer=self.optimizer if optimizer is None else optimizer,
+                num_warmup_steps=args.get_warmup_steps(num_training_steps),
+                num_training_steps=num_training_steps,
+                scheduler_specific_kwargs=options,
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # -- training --------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+        """Train on the training data.
+
+        resume_from_checkpoint  a checkpoint folder of an interrupted train(), or True for the last
+                                one in args.output_dir: continues as if it had not been interrupted,
+                                to the last bit, when the same data and arguments are set
+
+        Raises InputError when there is no such checkpoint.
+        """
+        if resume_from_checkpoint is True:
+            folder = self.args.output_dir
+            resume_from_checkpoint = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+            if resume_from_checkpoint is None:
+                raise InputError(f"checkpoint: there is none in {folder}; train from the start")
+        if resume_from_checkpoint:
+            resume_from_checkpoint = str(_complete(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint or None, **options)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The model's training loss on a batch, inputs or (inputs, targets)."""
+        features, targets = _parts(inputs)
+        outputs = model(features, targets=targets, training=True)
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    # -- evaluation ------------------------------------------------------------------------------
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        training: bool = False,
+        testing: bool = True,
+    ) -> tuple[torch.Tensor | None, Any, Any, None]:
+        """(loss, predictions, labels, None) of a batch, without gradients."""
+        features, targets = _parts(self._prepare_inputs(inputs))
+        with torch.no_grad(), self.accelerator.autocast():
+            outputs = model(features, targets=targets, training=training, testing=testing)
+        if not training and not testing:
+            return None, outputs, None, None
+        if prediction_loss_only:
+            return outputs["loss"], None, outputs["labels"], None
+        return outputs["loss"], outputs["predictions"], outputs["labels"], None
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """One pass over the loader in evaluation mode; see evaluate() and predict().
+
+        The model's metrics are reset first and hold this pass afterwards.
+        """
+        model, args = self.model, self.args
+        LOG.info("***** Running %s *****", description)
+        model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        counting = bool(self.compute_metrics) and not args.prediction_loss_only
+        if counting:
+            model.reset_metrics()
+        keep = description == "Prediction"
+        log = self._logs_predictions()
+        limit = args.eval_steps_on_train_set if metric_key_prefix == "train" else 0
+        loss = LossSum(args.device)
+        kept = KeptPredictions(args.predict_top_k)
+        for step, batch in enumerate(dataloader):
+            if limit and step == limit:
+                break
+            batch_loss, predictions, labels, _ = self.prediction_step(
+                model, batch, prediction_loss_only=args.prediction_loss_only and not (keep or log)
+            )
+            loss.add(batch_loss, labels, predictions, _rows(batch))
+            found = None
+            if counting and step % args.compute_metrics_each_n_steps == 0:
+                found = model.calculate_metrics(predictions, labels)
+            if keep:
+                kept.add(predictions, labels)
+            if log:
+                self._log_predictions(predictions, labels, found, metric_key_prefix)
+            self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
+        metrics = {"loss": loss.mean(description)}
+        if counting:
+            metrics.update({k: float(v) for k, v in model.compute_metrics().items()})
+        prefix = metric_key_prefix if get_compat() == "0.1" else f"{metric_key_prefix}_"
+        metrics = {f"{prefix}/{key}": value for key, value in metrics.items()}
+        ids_and_scores, labels = kept.arrays() if keep else (None, None)
+        return EvalLoopOutput(ids_and_scores, labels, metrics, loss.sessions)
+
+    def predict(
+        self,
+        test_dataset_or_path: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> PredictionOutput:
+        """Predict the last item of each session from the items before it.
+
+        predictions  (ids, scores), two arrays (N, predict_top_k), best first; with
+                     predict_top_k=0 the scores of all items, (N, V)
+        label_ids    (N,) the last items
+        metrics      as evaluate() gives them, under `test...`
+
+        N counts the sessions with a target. For the item after the last one call the model itself:
+        model(inputs).
+        """
+        return super().predict(test_dataset_or_path, ignore_keys, metric_key_prefix)
+
+    def _logs_predictions(self) -> bool:
+        if self.args.log_predictions and self.log_predictions_callback is None:
+            warn_once(
+                "log_predictions",
+                "log_predictions is on and trainer.log_predictions_callback is not set, so no"
+                " predictions are logged",
+            )
+        return self.args.log_predictions and self.log_predictions_callback is not None
+
+    def _log_predictions(self, predictions: Any, labels: Any, found: Any, prefix: str) -> None:
+        kept = KeptPredictions(max(1, self.args.predict_top_k))
+        kept.add(predictions, labels)
+        (ids, scores), labels = kept.arrays()
+        self.log_predictions_callback(
+            labels=labels,
+            pred_item_ids=ids,
+            pred_item_scores=scores,
+            metrics=found,
+            dataset_type=prefix,
+        )
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # transformers looks for "eval_" + metric_for_best_model: let "next-item/ndcg_at_20",
+        # "loss" and the full keys of both compat levels name the metric
+        named = dict(metrics)
+        for key, value in metrics.items():
+            named[f"eval_{key}"] = value
+            named[f"eval_{key.partition('/')[2]}"] = value
+        return super()._determine_best_metric(named, trial)
+
+    # -- logging and memory ----------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Send values to the log history and the callbacks."""
+        self._with_seconds_before(logs)
+        step = self.state.global_step
+        if self.incremental_logging:
+            self.state.global_step = step + self._past_steps
+        try:
+            super().log(logs, start_time)
+        finally:
+            self.state.global_step = step
+
+    def wipe_memory(self) -> None:
+        """Collect garbage and give cached GPU memory back; model and optimizer stay."""
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+class _Bookkeeping(TrainerCallback):
+    """Steps in at the places of the training loop where transformers offers no method."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.trainer._begin_run()
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.trainer._end_run(state.global_step)
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
+        # The loop tells its loader the epoch, but not when it resumes inside an epoch: the loader
+        # then is wrapped to skip the batches that were seen.
+        dataset = getattr(train_dataloader, "dataset", None)
+        if hasattr(dataset, "set_epoch") and has_length(train_dataloader):
+            steps = max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
+            dataset.set_epoch(state.global_step // steps)
+
+
+# -- batches ---------------------------------------------------------------------------------------
+
+
+def _parts(batch: Any) -> tuple[dict[str, torch.Tensor], Any]:
+    """Inputs and targets of a batch."""
+    if isinstance(batch, Mapping):
+        return dict(batch), None
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[0], Mapping):
+        return dict(batch[0]), batch[1]
+    raise TypeError(
+        "Trainer: a batch must be a dict of tensors or (dict of tensors, targets); the data loader"
+        f" gave {type(batch).__name__}"
+    )
+
+
+def _rows(batch: Any) -> int:
+    return len(next(iter(_parts(batch)[0].values())))
+
+
+def _batch_size(loader: Any) -> int:
+    size = getattr(loader, "_batch_size", None) or getattr(loader, "batch_size", None)
+    if size is None:
+        raise InputError(
+            f"Trainer: {type(loader).__name__} must tell its size: give it a sized `dataset` or"
+            " `_batch_size`"
+        )
+    return size
