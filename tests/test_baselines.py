@@ -100,7 +100,7 @@ def test_metrics_of_known_ranks():
 
 
 def test_counts_grow_with_the_windows(tmp_path):
-    """A baseline has seen every training window up to the pair's, and not the one it is judged on."""
+    """A baseline has seen every training window up to the pair's, not the one it is judged on."""
     folder = write_windows(
         tmp_path,
         {

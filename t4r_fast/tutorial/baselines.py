@@ -89,7 +89,7 @@ class ItemCounts:
         return self.popularity_order()[target]
 
     def markov_ranks(self, current: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """(N,) rank of each target: successors of `current` by count, then the rest by popularity."""
+        """(N,) rank of each target: successors of `current` by count, then all by popularity."""
         order = self.popularity_order()
         ordered = self.successors.sort("item", "count", "next", descending=[False, True, False])
         followed = ordered.with_columns(

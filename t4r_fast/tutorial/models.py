@@ -194,10 +194,16 @@ def _gru_body(name: str, columns: Schema, width: int, layers: int, item_dim: int
 
     import t4r_fast.torch as tr
 
-    inputs = tr.TabularSequenceFeatures.from_schema(
-        columns, max_sequence_length=length, masking="causal", embedding_dim_default=item_dim
-    )
     over_time = name == "gru"
+    # at compat 0.1 evaluation hides the history, which a GRU over time is there to read
+    masking = {"hide_history": False} if over_time else {}
+    inputs = tr.TabularSequenceFeatures.from_schema(
+        columns,
+        max_sequence_length=length,
+        masking="causal",
+        embedding_dim_default=item_dim,
+        **masking,
+    )
     gru = torch.nn.GRU(width, width, num_layers=layers, batch_first=over_time)
     return inputs, tr.SequentialBlock(
         inputs, tr.MLPBlock([width]), tr.Block(gru, [None, length, width])

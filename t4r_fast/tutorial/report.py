@@ -116,8 +116,8 @@ def _headline_table(results: dict) -> str:
         f"<p class='note'>Validation sessions of window {last['eval_window']}"
         f" ({last['eval_sessions']:,}), after training up to window {last['train_window']}. The"
         " task: from the items before the last one, rank the last one among all items. Best of"
-        " each column in bold; &quot;vs popularity&quot; is the ratio of NDCG@20. Loss is the mean cross-entropy"
-        " in nats.</p>"
+        " each column in bold; &quot;vs popularity&quot; is the ratio of NDCG@20. Loss is the mean"
+        " cross-entropy in nats.</p>"
     )
 
 

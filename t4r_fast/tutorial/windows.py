@@ -17,10 +17,10 @@ from t4r_fast.errors import InputError
 from t4r_fast.tutorial import models, saved_model
 from t4r_fast.tutorial.progress import Progress
 from t4r_fast.tutorial.sessions import SessionData, WindowPair
-from t4r_fast.tutorial.state import ModelState, replace_folder
+from t4r_fast.tutorial.state import ModelState
 
 if TYPE_CHECKING:
-    from t4r_fast.torch import Trainer
+    from t4r_fast.torch.trainer import Trainer
 
 CURVE_POINTS = 40
 LOGGING_STEPS = 200
@@ -147,7 +147,7 @@ class _Run:
         from transformers import PrinterCallback
 
         from t4r_fast.config.trainer import T4RecTrainingArguments
-        from t4r_fast.torch import Trainer
+        from t4r_fast.torch.trainer import Trainer
 
         o = self.options
         arguments = T4RecTrainingArguments(
@@ -259,11 +259,8 @@ class _Run:
             )
             state.checkpoint, state.done = None, True
         else:
-            partial = self.folder / f".window-{pair.train}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            self.trainer.save_checkpoint(str(partial))
             path = self.folder / f"window-{pair.train}"
-            replace_folder(partial, path)
+            self.trainer.save_checkpoint(path)
             state.checkpoint = path.relative_to(self.out).as_posix()
         state.write()
         if before is not None:
