@@ -75,11 +75,11 @@ class EventFile:
         # everything as text: the same value must read alike in every file and every batch
         return pl.scan_csv(self.path, glob=False, separator=self.separator, infer_schema=False)
 
-    def batches(self, columns: list[str], rows: int = BATCH_ROWS) -> Iterator[pl.DataFrame]:
-        """The columns in pieces of about `rows` rows, in order. Raises InputError on damage."""
+    def batches(self, columns: list[str]) -> Iterator[pl.DataFrame]:
+        """The columns in pieces, in order. Raises InputError on damage."""
         scan = self.scan().select(columns)
         try:
-            yield from scan.collect_batches(chunk_size=rows, maintain_order=True)
+            yield from scan.collect_batches(chunk_size=BATCH_ROWS, maintain_order=True)
         except (pl.exceptions.PolarsError, OSError) as e:
             raise self._unreadable(e) from e
 

@@ -159,8 +159,8 @@ class _Run:
         for batch in self.source.batches():
             self.buckets.add(batch)
             done = self.source.counts.read
-            # text files have an estimate for a total, which must not fall behind
-            self.report("read events", done, max(expected, done))
+            # an estimate for text files: it must not say that this is the end
+            self.report("read events", done, max(expected, done + 1))
         self.buckets.flush()
         counts, summary = self.source.counts, self.summary
         self.report("read events", counts.read, counts.read)
@@ -188,14 +188,14 @@ class _Run:
         self.fitter = Fitter(self.source.roles)
         folder = self.spill / "clean"
         folder.mkdir()
+        total = len(self.buckets)
         for events in self.buckets.take():
             clean = sort_and_drop_repeats(events)
             self.summary.events_repeated += events.height - clean.height
             self.fitter.add(clean)
             self.clean_files.append(folder / f"{len(self.clean_files):05d}.parquet")
             clean.write_parquet(self.clean_files[-1], compression="lz4")
-            self.report("drop repeats, count items", len(self.clean_files), self.buckets.count)
-        self.report("drop repeats, count items", self.buckets.count, self.buckets.count)
+            self.report("drop repeats, count items", len(self.clean_files), total)
 
     def fit(self) -> Workflow:
         """Vocabularies, then the statistics that need the first day of every item."""

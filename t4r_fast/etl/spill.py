@@ -49,14 +49,16 @@ class Buckets:
         self._flushes += 1
         self._pending, self._rows = [], 0
 
+    def __len__(self) -> int:
+        """Buckets that hold events."""
+        return sum(1 for _ in self.folder.iterdir()) if self.folder.exists() else 0
+
     def take(self) -> Iterator[pl.DataFrame]:
         """Each bucket that holds events, in turn; its files are removed once it is read."""
-        for number in range(self.count):
-            folder = self.folder / f"{number:05d}"
-            if folder.exists():
-                events = pl.concat([pl.read_parquet(p) for p in sorted(folder.iterdir())])
-                shutil.rmtree(folder)
-                yield events
+        for folder in sorted(self.folder.iterdir()):
+            events = pl.concat([pl.read_parquet(p) for p in sorted(folder.iterdir())])
+            shutil.rmtree(folder)
+            yield events
 
 
 def check_replaceable(out: Path, overwrite: bool) -> None:
