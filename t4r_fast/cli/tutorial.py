@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from t4r_fast.cli.console import RichProgress, notes, results
@@ -299,10 +300,9 @@ def evaluate(
     sessions = SessionData(data, schema)
     with notes.status("evaluating"):
         found = serving.evaluate(saved, sessions, window, split, batch_size)
-    table = Table(
-        title=f"{KINDS[saved.name].title}, window {window}, {split}", title_justify="left"
-    )
-    for heading in (*METRIC_TITLES.values(), "Loss", "Sessions", "Sessions/s"):
+    title = f"{KINDS[saved.name].title}, window {window}, {split}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for heading in (*METRIC_TITLES.values(), "Loss", "Sessions", "per s"):
         table.add_column(heading, justify="right")
     table.add_row(
         *(f"{found['metrics'][m]:.4f}" for m in METRIC_TITLES),
@@ -354,7 +354,7 @@ def recommend(
     ids, scores = serving.recommend(saved, given, k, exclude_seen=exclude_seen)
     named = "user_session" in given.columns
     keys = given["user_session"].to_list() if named else range(1, len(ids) + 1)
-    table = Table()
+    table = Table(box=SIMPLE_HEAD)
     for heading in ("session", "rank", "item", "score"):
         table.add_column(heading, justify="left" if heading == "session" else "right")
     for key, row, row_scores in zip(keys, ids, scores):
@@ -441,19 +441,17 @@ def _show(found: dict, out: Path) -> None:
     from t4r_fast.tutorial.baselines import BASELINES
     from t4r_fast.tutorial.results import METRIC_TITLES, final_metrics, gain_over_popularity
 
-    table = Table(title="Last window", title_justify="left")
-    table.add_column("Model")
-    for heading in (*METRIC_TITLES.values(), "vs popularity", "train sessions/s"):
+    table = Table(title="Last window", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("Model", no_wrap=True)
+    for heading in (*METRIC_TITLES.values(), "vs pop."):
         table.add_column(heading, justify="right")
     for part in ("models", "baselines"):
         for name, entry in found[part].items():
             gain = gain_over_popularity(found, name)
-            speed = entry["windows"][-1].get("train_sessions_per_second")
             table.add_row(
                 entry["title"] if part == "models" else BASELINES[name],
                 *(f"{final_metrics(entry['windows'])[m]:.4f}" for m in METRIC_TITLES),
                 "-" if gain is None else f"{gain:.2f}x",
-                "-" if speed is None else f"{speed:,.0f}",
             )
         table.add_section()
     results.print(table)

@@ -144,21 +144,21 @@ def _metric_charts(results: dict) -> str:
             Series(
                 _row_title(name),
                 name,
-                [(r["eval_window"], r["metrics"][metric]) for r in _windows_of(results, name)],
+                [(r["train_window"], r["metrics"][metric]) for r in _windows_of(results, name)],
                 dashed=name in results["baselines"],
             )
             for name in reversed(names)
         ]
         top = max(y for s in series for _, y in s.points)
-        windows = [r["eval_window"] for r in _windows_of(results, names[0])]
+        windows = [r["train_window"] for r in _windows_of(results, names[0])]
         every = -(-len(windows) // 12)
         charts.append(
             _figure(
                 METRIC_TITLES[metric],
                 line_chart(
                     series,
-                    label=f"{METRIC_TITLES[metric]} of each model per evaluated window",
-                    x_title="evaluated window",
+                    label=f"{METRIC_TITLES[metric]} of each model after each window",
+                    x_title="after training up to window",
                     x_ticks=[(w, str(w)) for w in windows[::every]],
                     x_range=(min(windows) - 0.3, max(windows) + 0.3),
                     y_range=(0.0, top),
@@ -166,7 +166,8 @@ def _metric_charts(results: dict) -> str:
             )
         )
     return (
-        "<p>Each model is trained on one window, evaluated on the next, and goes on from there.</p>"
+        "<p>Each model is trained on one window, evaluated on the next that has validation"
+        " sessions, and goes on from there.</p>"
         + _swatches(names)
         + f"<div class='charts'>{''.join(charts)}</div>"
         + _windows_table(results)
