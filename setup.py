@@ -106,9 +106,8 @@ class CMakeBuild(build_ext):
         sources = sorted(path.name for path in (ROOT / "csrc" / "cpu").glob("*.cpp"))
         self.say(f"torch {importlib.metadata.version('torch')} in {torch_root}, compiler {cxx}")
         self.say(f"{output / LIBRARY}: {', '.join(sources)}")
-        self.say(
-            f"{output / HOST}: " + (f"left out, {host_missing}" if host_missing else "host.cpp")
-        )
+        part = f"left out, {host_missing}" if host_missing else "host.cpp"
+        self.say(f"{output / HOST}: {part}")
         build = Path(self.build_temp).resolve() / "cmake"
         configure = [
             # --fresh: an isolated build leaves a cache that names tools of a folder now gone

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from t4r_fast import backend
 from t4r_fast.ops._check import check_scores, check_target
@@ -126,8 +125,12 @@ class _TiedSoftmaxLoss(torch.autograd.Function):
         return loss, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dloss: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "tied_softmax_loss: it has first derivatives only, so backward must run without "
+                "create_graph=True; for second derivatives use F.cross_entropy on the full logits"
+            )
         hidden, items, target, bias, rows, lse = ctx.saved_tensors
         functions = backend.ops(ctx.backend, reference)
         with torch.autocast(hidden.device.type, enabled=False):

@@ -67,6 +67,19 @@ def score_chunks(
         yield start, stop, scores(hidden, items, bias, start, stop)
 
 
+def rank_scores(
+    hidden: Tensor, items: Tensor, bias: Tensor | None, start: int, stop: int
+) -> Tensor:
+    """Scores to compare with each other: computed in float64, rounded to the op's precision.
+
+    A float32 product of a library sums in an order that depends on the column (measured: equal
+    items in one product differed in the last bit), which breaks the ties of equal items at random.
+    hidden is float64; for float64 inputs nothing wider is at hand.
+    """
+    dtype = compute_dtype(items.dtype)
+    return scores(hidden, items, bias, start, stop).to(dtype)
+
+
 def at_column(chunk: Tensor, column: Tensor, start: int, otherwise: Tensor) -> Tensor:
     """chunk[i, column[i] - start] where that is inside the chunk, else otherwise[i]."""
     local = column - start

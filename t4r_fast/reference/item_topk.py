@@ -7,7 +7,18 @@ import math
 import torch
 from torch import Tensor
 
-from t4r_fast.reference._scores import compute_dtype, keep_rows, score_chunks, spread
+from t4r_fast.reference._scores import (
+    chunk_ranges,
+    compute_dtype,
+    keep_rows,
+    rank_scores,
+    spread,
+)
+
+
+def _order(scores: Tensor) -> Tensor:
+    """The scores with nan like +inf."""
+    return torch.nan_to_num(scores, math.inf, math.inf, -math.inf)
 
 
 def _lowest_id_topk(order: Tensor, k: int) -> Tensor:
@@ -63,21 +74,20 @@ def item_topk_fwd(
 ) -> tuple[Tensor, Tensor]:
     """scores and ids, (N, k) or (M, k)."""
     kept = keep_rows(hidden.shape[0], rows, None, 0, hidden)
-    part = hidden[kept.source].to(compute_dtype(hidden.dtype))
+    part = hidden[kept.source].double()
     if exclude is not None:
         exclude = exclude[kept.source]
-    best = part.new_full((part.shape[0], k), -math.inf)
+    best = part.new_full((part.shape[0], k), -math.inf, dtype=compute_dtype(items.dtype))
     ids = torch.full((part.shape[0], k), -1, dtype=torch.int64, device=part.device)
-    for start, stop, chunk in score_chunks(part, items, bias):
-        chunk = _shut(chunk / temperature, start, exclude, padding_idx)
-        columns = _lowest_id_topk(
-            torch.nan_to_num(chunk, math.inf, math.inf, -math.inf), min(k, stop - start)
-        )
+    for start, stop in chunk_ranges(part.shape[0], items.shape[0], part.dtype):
+        chunk = rank_scores(part, items, bias, start, stop)
+        chunk = _shut(chunk, start, exclude, padding_idx)
+        columns = _lowest_id_topk(_order(chunk), min(k, stop - start))
         # ids of earlier chunks are lower: a stable sort keeps ties in order
         best = torch.cat([best, chunk.gather(1, columns)], dim=1)
         ids = torch.cat([ids, columns + start], dim=1)
-        order = torch.nan_to_num(best, math.inf, math.inf, -math.inf)
-        place = order.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        place = _order(best).sort(dim=1, descending=True, stable=True).indices[:, :k]
         best, ids = best.gather(1, place), ids.gather(1, place)
     ids = torch.where(best == -math.inf, -1, ids)
-    return spread(best, kept, -math.inf), spread(ids, kept, -1)
+    # Dividing last leaves the order, ties included, that of target_rank.
+    return spread(best / temperature, kept, -math.inf), spread(ids, kept, -1)

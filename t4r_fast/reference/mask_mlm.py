@@ -24,11 +24,9 @@ def _train(item_ids: Tensor, seed: Tensor, threshold: int, padding_idx: int) -> 
     block = torch.arange((positions + 3) // 4, device=item_ids.device)
 
     kind = (high << 3) & 0xFFFFFFFF
-    words = philox(key, (block, session, kind | POSITION, low))
-    word = torch.stack(words, dim=2).reshape(sessions, 4 * len(block))[
-        :, :positions
-    ]  # four per counter
-    mask = items & (word < threshold)
+    words = philox(key, (block, session, kind | POSITION, low))  # four words per counter
+    word = torch.stack(words, dim=2).reshape(sessions, 4 * len(block))
+    mask = items & (word[:, :positions] < threshold)
 
     extra, spared, _, _ = philox(key, (torch.zeros_like(session), session, kind | ROW, low))
     column = torch.arange(positions, device=item_ids.device)

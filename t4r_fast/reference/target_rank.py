@@ -10,7 +10,7 @@ from t4r_fast.reference._scores import (
     chunk_ranges,
     compute_dtype,
     keep_rows,
-    scores,
+    rank_scores,
     spread,
 )
 
@@ -25,15 +25,15 @@ def target_rank_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """above, tied_before and tied_after, each int64 (N,) or (M,)."""
     kept = keep_rows(hidden.shape[0], rows, target, ignore_index, hidden)
-    part = hidden[kept.source].to(compute_dtype(hidden.dtype))
+    part = hidden[kept.source].double()
     wanted = torch.where(kept.valid, target[kept.source], 0)
     ranges = chunk_ranges(part.shape[0], items.shape[0], part.dtype)
 
-    # The target's score must come from the same product as the others', or ties are lost to
-    # rounding: with several chunks the product is made twice.
-    own = part.new_zeros(part.shape[0])
+    # The target's score is taken from the same product as the others': with several chunks the
+    # product is made twice.
+    own = part.new_zeros(part.shape[0], dtype=compute_dtype(items.dtype))
     for start, stop in ranges:
-        chunk = scores(part, items, bias, start, stop)
+        chunk = rank_scores(part, items, bias, start, stop)
         own = at_column(chunk, wanted, start, own)
 
     above = torch.zeros_like(wanted)
@@ -41,7 +41,7 @@ def target_rank_fwd(
     tied = torch.zeros_like(wanted)
     for start, stop in ranges:
         if len(ranges) > 1:
-            chunk = scores(part, items, bias, start, stop)
+            chunk = rank_scores(part, items, bias, start, stop)
         equal = chunk == own[:, None]
         ids = torch.arange(start, stop, device=items.device)
         above = above + (~(chunk <= own[:, None])).sum(1)

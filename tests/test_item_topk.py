@@ -1,0 +1,197 @@
+"""item_topk against a full sort by score and id, exactly, on scores that have no rounding."""
+
+import math
+
+import pytest
+import torch
+from harness import LargestTensor, check, lanes, run_on
+
+from t4r_fast import backend
+from t4r_fast.ops.item_topk import MAX_K, item_topk
+from t4r_fast.reference import _scores
+
+LANES = lanes("item_topk")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+
+
+@pytest.fixture(params=[0, 7], ids=["one-chunk", "chunks-of-7"])
+def chunks(request, monkeypatch):
+    if request.param:
+        monkeypatch.setattr(_scores, "CHUNK_BYTES", 1)
+        monkeypatch.setattr(_scores, "MIN_CHUNK", request.param)
+
+
+def naive(scores, k, exclude=None, padding_idx=None):
+    """One row after another, in Python: scores and ids, by score down and then by id up."""
+    all_scores, all_ids = [], []
+    for i, row in enumerate(scores.tolist()):
+        out = set() if exclude is None else set(exclude[i].tolist())
+        out.add(padding_idx)
+        rank = {z: math.inf if math.isnan(z) else z for z in row}
+        kept = [(v, z) for v, z in enumerate(row) if v not in out and z != -math.inf]
+        kept = sorted(kept, key=lambda e: -(math.inf if math.isnan(e[1]) else rank[e[1]]))[:k]
+        kept += [(-1, -math.inf)] * (k - len(kept))
+        all_scores.append([z for _, z in kept])
+        all_ids.append([v for v, _ in kept])
+    return torch.tensor(all_scores).reshape(-1, k), torch.tensor(all_ids).reshape(-1, k).long()
+
+
+def whole(n, v, d, low=-2, high=3):
+    g = torch.Generator().manual_seed(n * 101 + v)
+    hidden = torch.randint(low, high, (n, d), generator=g).float()
+    items = torch.randint(low, high, (v, d), generator=g).float()
+    return hidden, items
+
+
+def same(found, expected):
+    torch.testing.assert_close(
+        found[0].cpu().float(), expected[0].float(), rtol=0, atol=0, equal_nan=True
+    )
+    assert found[1].dtype == torch.int64
+    assert torch.equal(found[1].cpu(), expected[1])
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [1, 2, 8, 128])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 8, 3), (37, 29, 4), (9, 200, 2)], ids=str)
+@pytest.mark.usefixtures("chunks")
+def test_best_with_ties_by_lowest_id(lane, dtype, k, shape):
+    hidden, items = whole(*shape)
+    expected = naive(hidden @ items.T, k)
+    with run_on(lane, "item_topk") as device:
+        found = item_topk(hidden.to(device, dtype), items.to(device, dtype), k)
+    assert found[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    same(found, expected)
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scores_are_as_exact_as_topk(lane, dtype):
+    g = torch.Generator().manual_seed(3)
+    inputs = {
+        "hidden": torch.randn(17, 48, generator=g),
+        "items": torch.randn(129, 48, generator=g),
+        "bias": torch.randn(129, generator=g),
+    }
+
+    def scores_of_topk(hidden, items, bias, k, temperature):
+        return ((hidden @ items.T + bias) / temperature).topk(k).values
+
+    def item_topk_scores(**arguments):
+        return item_topk(**arguments)[0]
+
+    item_topk_scores.__name__ = "item_topk"
+    check(lane, item_topk_scores, scores_of_topk, inputs, {"k": 20, "temperature": 0.5}, dtype)
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.usefixtures("chunks")
+def test_exclude_padding_bias_and_rows(lane):
+    hidden, items = whole(9, 30, 4)
+    g = torch.Generator().manual_seed(1)
+    bias = torch.randint(-3, 4, (30,), generator=g).float()
+    exclude = torch.randint(-3, 30, (9, 12), generator=g)
+    exclude[3] = 5  # one id many times
+    rows = torch.tensor([8, -1, 3, 3, 0, -9])
+    scores, ids = naive((hidden @ items.T + bias) / 0.5, 25, exclude, padding_idx=2)
+    scores, ids = scores[rows.clamp(min=0)], ids[rows.clamp(min=0)]
+    scores[rows < 0], ids[rows < 0] = -math.inf, -1
+    assert (ids[rows >= 0] == -1).any()  # fewer than k are left somewhere
+    with run_on(lane, "item_topk") as device:
+        found = item_topk(
+            hidden.to(device),
+            items.to(device),
+            25,
+            bias=bias.to(device),
+            rows=rows.to(device),
+            temperature=0.5,
+            exclude=exclude.to(device),
+            padding_idx=2,
+        )
+    same(found, (scores, ids))
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.usefixtures("chunks")
+def test_nothing_left(lane):
+    hidden, items = whole(2, 8, 2)
+    exclude = torch.arange(8).expand(2, 8)
+    with run_on(lane, "item_topk") as device:
+        found = item_topk(hidden.to(device), items.to(device), 3, exclude=exclude.to(device))
+    same(found, (torch.full((2, 3), -math.inf), torch.full((2, 3), -1)))
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.usefixtures("chunks")
+def test_nan_and_infinity(lane):
+    scores = torch.tensor([0.0, math.nan, 1.0, -math.inf, math.inf, 2.0, 1.0, math.nan, math.inf])
+    bias = torch.where(torch.isfinite(scores), 0.0, scores)
+    items = torch.nan_to_num(scores, 0.0, 0.0, 0.0)[:, None]
+    for k in (1, 3, 9):
+        expected = naive(scores[None], k)
+        with run_on(lane, "item_topk") as device:
+            hidden = torch.ones(1, 1, device=device)
+            found = item_topk(hidden, items.to(device), k, bias=bias.to(device))
+        same(found, expected)
+    assert expected[1].tolist() == [[1, 4, 7, 8, 5, 2, 6, 0, -1]]
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_views_and_no_rows(lane):
+    hidden, items = whole(16, 40, 8)
+    expected = naive(hidden[:, ::2] @ items[:, ::2].T, 5)
+    with run_on(lane, "item_topk") as device:
+        hidden, items = hidden.to(device), items.to(device)
+        same(item_topk(hidden.T.contiguous().T[:, ::2], items[:, ::2], 5), expected)
+        scores, ids = item_topk(hidden[:0], items, 5)
+    assert scores.shape == ids.shape == (0, 5)
+
+
+def test_memory_is_one_chunk(monkeypatch):
+    monkeypatch.setattr(_scores, "CHUNK_BYTES", 64 * 200 * 8)
+    monkeypatch.setattr(_scores, "MIN_CHUNK", 1)
+    hidden, items = whole(64, 4000, 2)
+    exclude = torch.randint(0, 4000, (64, 5), generator=torch.Generator().manual_seed(0))
+    with backend.use("reference"), LargestTensor() as seen:
+        item_topk(hidden, items, 10, exclude=exclude, padding_idx=0)
+    assert seen.elements <= 64 * 201
+
+
+def test_compiles_to_one_graph():
+    hidden, items = whole(13, 30, 2)
+    exclude = torch.arange(26).reshape(13, 2)
+
+    def step(h):
+        return item_topk(h, items, 9, exclude=exclude, padding_idx=0, rows=torch.tensor([0, -1, 7]))
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(hidden)
+    assert all(torch.equal(a, b) for a, b in zip(step(hidden), compiled, strict=True))
+
+
+H, W, E = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, 2).long()
+ERRORS = {
+    "hidden shape": ((H[0], W, 1), {}, ValueError, r"hidden must have shape \(N, D\)"),
+    "items dtype": ((H, W.double(), 1), {}, TypeError, "items must .*float32; got torch.float64"),
+    "k low": ((H, W, 0), {}, ValueError, "k must be .* 1 to 128; got 0"),
+    "k high": ((H, W, MAX_K + 1), {}, ValueError, "k must be .* 1 to 128; got 129"),
+    "k kind": ((H, W, 2.0), {}, ValueError, "k must be .* got 2.0"),
+    "temperature": ((H, W, 1), {"temperature": -1}, ValueError, "temperature must be > 0; got -1"),
+    "rows range": (
+        (H, W, 1),
+        {"rows": E[0] + 3},
+        IndexError,
+        "rows must be < 3 .* got 3 at entry 0",
+    ),
+    "exclude dim": ((H, W, 1), {"exclude": E[0]}, ValueError, r"exclude must have shape \(N, S\)"),
+    "exclude rows": ((H, W, 1), {"exclude": E[:2]}, ValueError, "row of hidden, 3; got 2"),
+    "exclude dtype": ((H, W, 1), {"exclude": E.int()}, TypeError, "exclude must be int64"),
+    "exclude id": ((H, W, 1), {"exclude": E + 5}, IndexError, r"< 5 .*; got 5 at place \(0, 0\)"),
+    "padding": ((H, W, 1), {"padding_idx": 5}, ValueError, "padding_idx must .* < 5; got 5"),
+}
+
+
+@pytest.mark.parametrize(("args", "options", "kind", "message"), ERRORS.values(), ids=ERRORS.keys())
+def test_errors(args, options, kind, message):
+    with pytest.raises(kind, match=rf"^item_topk: .*{message}"):
+        item_topk(*args, **options)

@@ -1,0 +1,325 @@
+"""tied_softmax_loss against F.cross_entropy on the full logits."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import LargestTensor, check, lanes, run_on
+
+from t4r_fast import backend
+from t4r_fast.ops.tied_softmax_loss import tied_softmax_loss
+from t4r_fast.reference import _scores
+
+LANES = lanes("tied_softmax_loss")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+OPTIONS = {
+    "plain": {},
+    "temperature": {"temperature": 0.3},
+    "softcap": {"softcap": 2.0},
+    "smoothing": {"label_smoothing": 0.1},
+    "uniform": {"label_smoothing": 1.0},
+    "z_loss": {"z_loss": 0.01},
+    "all": {"temperature": 2.0, "softcap": 4.0, "label_smoothing": 0.2, "z_loss": 1e-3},
+}
+
+
+@pytest.fixture(params=[0, 7], ids=["one-chunk", "chunks-of-7"])
+def chunks(request, monkeypatch):
+    """The reference in chunks of 7 items, so that small tests cross chunks."""
+    if request.param:
+        monkeypatch.setattr(_scores, "CHUNK_BYTES", 1)
+        monkeypatch.setattr(_scores, "MIN_CHUNK", request.param)
+
+
+def naive(
+    hidden,
+    items,
+    target,
+    bias=None,
+    rows=None,
+    temperature=1.0,
+    softcap=0.0,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    ignore_index=-100,
+    reduction="mean",
+    return_lse=False,
+):
+    if rows is not None:
+        target = torch.where(rows >= 0, target[rows.clamp(min=0)], ignore_index)
+        hidden = hidden[rows.clamp(min=0)]
+    z = hidden @ items.T
+    z = z if bias is None else z + bias
+    z = z / temperature
+    z = softcap * torch.tanh(z / softcap) if softcap else z
+    counted = target != ignore_index
+    loss = F.cross_entropy(
+        z, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
+    )
+    lse = torch.where(counted, z.logsumexp(1), 0.0)
+    loss = loss + z_loss * lse**2
+    if reduction == "sum":
+        loss = loss.sum()
+    if reduction == "mean":
+        loss = loss.sum() / counted.sum()
+    return (loss, lse) if return_lse else loss
+
+
+def make_inputs(n, v, d, bias=False, scale=1.0):
+    g = torch.Generator().manual_seed(n * 10007 + v * 101 + d)
+    inputs = {
+        "hidden": torch.randn(n, d, generator=g) * scale,
+        "items": torch.randn(v, d, generator=g),
+        "target": torch.randint(0, v, (n,), generator=g),
+    }
+    if bias:
+        inputs["bias"] = torch.randn(v, generator=g)
+    return inputs
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 8, 3), (37, 29, 5), (65, 129, 64)], ids=str)
+@pytest.mark.usefixtures("chunks")
+def test_matches_cross_entropy(lane, dtype, shape):
+    check(lane, tied_softmax_loss, naive, make_inputs(*shape), {}, dtype, ("hidden", "items"))
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.usefixtures("chunks")
+def test_options_and_lse(lane, options, reduction):
+    inputs = make_inputs(13, 30, 6, bias=True)
+    inputs["target"][4] = -100
+    options = {**options, "reduction": reduction, "return_lse": True}
+    check(
+        lane,
+        tied_softmax_loss,
+        naive,
+        inputs,
+        options,
+        torch.float32,
+        ("hidden", "items", "bias"),
+    )
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.usefixtures("chunks")
+def test_rows(lane, dtype, reduction):
+    inputs = make_inputs(9, 30, 6, bias=True)
+    inputs["target"][5] = -100
+    inputs["rows"] = torch.tensor([8, 0, -1, 3, 3, 5, 2, -1, -7])  # one twice, one ignored
+    check(
+        lane,
+        tied_softmax_loss,
+        naive,
+        inputs,
+        {"reduction": reduction},
+        dtype,
+        ("hidden", "items", "bias"),
+    )
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.usefixtures("chunks")
+def test_views_and_equal_targets(lane):
+    inputs = make_inputs(16, 40, 10)
+    inputs["hidden"] = inputs["hidden"].T.contiguous().T
+    inputs["items"] = torch.randn(40, 20, generator=torch.Generator().manual_seed(0))[:, ::2]
+    inputs["target"] = torch.full((32,), 39)[::2]
+    check(lane, tied_softmax_loss, naive, inputs, {}, torch.float32, ("hidden", "items"))
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("scale", [1e-4, 1e4], ids=str)
+@pytest.mark.usefixtures("chunks")
+def test_extreme_logits(lane, scale):
+    inputs = make_inputs(16, 40, 10, scale=scale)
+    check(
+        lane,
+        tied_softmax_loss,
+        naive,
+        inputs,
+        {"reduction": "none"},
+        torch.float32,
+        ("hidden", "items"),
+    )
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.usefixtures("chunks")
+def test_bias_of_minus_infinity_takes_items_out(lane):
+    inputs = make_inputs(6, 20, 4, bias=True)
+    inputs["bias"][:9] = -math.inf  # the first chunk of 7 holds nothing
+    inputs["target"] = torch.tensor([9, 10, 11, 19, 19, 3])  # the last target is out: loss inf
+    options = {"reduction": "none", "return_lse": True}
+    check(lane, tied_softmax_loss, naive, inputs, options, torch.float32)
+    with run_on(lane, "tied_softmax_loss") as device:
+        items = inputs["items"].to(device).requires_grad_()
+        moved = {k: v.to(device)[:5] for k, v in inputs.items() if k in ("hidden", "target")}
+        tied_softmax_loss(items=items, bias=inputs["bias"].to(device), **moved).backward()
+    assert torch.equal(items.grad[:9].cpu(), torch.zeros(9, 4))
+    assert items.grad[9:].abs().min() > 0
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.usefixtures("chunks")
+def test_nan_stays_in_its_row(lane):
+    inputs = make_inputs(5, 20, 4)
+    inputs["hidden"][2, 1] = math.nan
+    options = {"reduction": "none", "return_lse": True}
+    check(lane, tied_softmax_loss, naive, inputs, options, torch.float32)
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("empty", ["no rows", "all ignored", "empty list", "skipped list"])
+def test_nothing_counted(lane, empty):
+    inputs = make_inputs(0 if empty == "no rows" else 4, 9, 3)
+    if empty == "all ignored":
+        inputs["target"][:] = -100
+    if "list" in empty:
+        inputs["rows"] = torch.full((0 if empty == "empty list" else 3,), -1)
+    with run_on(lane, "tied_softmax_loss") as device:
+        inputs = {k: v.to(device) for k, v in inputs.items()}
+        leaves = [inputs["hidden"].requires_grad_(), inputs["items"].requires_grad_()]
+        assert torch.isnan(tied_softmax_loss(**inputs))
+        each, lse = tied_softmax_loss(**inputs, reduction="none", return_lse=True)
+        assert torch.equal(each, torch.zeros_like(each))
+        assert torch.equal(lse, each)
+        assert len(each) == len(inputs.get("rows", inputs["target"]))
+        for reduction in ("mean", "sum"):
+            grads = torch.autograd.grad(tied_softmax_loss(**inputs, reduction=reduction), leaves)
+            assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_gradients_of_a_row_sum_to_zero(lane):
+    """Sum of p = 1: what moves every item alike moves no loss."""
+    inputs = make_inputs(8, 500, 16)
+    with run_on(lane, "tied_softmax_loss") as device:
+        inputs = {k: v.to(device) for k, v in inputs.items()}
+        items = inputs["items"].requires_grad_()
+        tied_softmax_loss(**inputs).backward()
+    assert items.grad.sum(0).abs().max() < 1e-6
+
+
+@pytest.mark.usefixtures("chunks")
+def test_gradcheck():
+    inputs = make_inputs(6, 11, 3, bias=True)
+    leaves = [inputs[k].double().requires_grad_() for k in ("hidden", "items", "bias")]
+    rows = torch.tensor([0, 2, 2, -1, 5])
+    for options in OPTIONS.values():
+        assert torch.autograd.gradcheck(
+            lambda h, w, b, o=options: tied_softmax_loss(
+                h, w, inputs["target"], bias=b, rows=rows, reduction="none", return_lse=True, **o
+            ),
+            leaves,
+        )
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_repeats_bit_for_bit(lane):
+    inputs = make_inputs(64, 300, 16)
+    found = []
+    with run_on(lane, "tied_softmax_loss") as device:
+        for _ in range(3):
+            leaves = {
+                k: v.to(device).requires_grad_(v.is_floating_point()) for k, v in inputs.items()
+            }
+            tied_softmax_loss(**leaves).backward()
+            found.append((leaves["hidden"].grad, leaves["items"].grad))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
+
+
+def test_memory_is_one_chunk(monkeypatch):
+    monkeypatch.setattr(_scores, "CHUNK_BYTES", 64 * 100 * 4)
+    monkeypatch.setattr(_scores, "MIN_CHUNK", 1)
+    inputs = make_inputs(64, 5000, 8)
+    leaves = {k: v.requires_grad_(v.is_floating_point()) for k, v in inputs.items()}
+    with backend.use("reference"), LargestTensor() as seen:
+        tied_softmax_loss(**leaves).backward()
+    assert seen.elements <= 5000 * 8  # the table's gradient; the logits would be 64 * 5000
+
+
+def test_autocast_does_not_lower_precision():
+    inputs = make_inputs(16, 200, 32)
+    plain = tied_softmax_loss(**inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(tied_softmax_loss(**inputs), plain)
+
+
+def test_backward_takes_the_backend_of_forward():
+    inputs = make_inputs(4, 9, 3)
+    inputs["hidden"].requires_grad_()
+    with backend.use("reference"):
+        loss = tied_softmax_loss(**inputs)
+    assert loss.grad_fn is not None
+    loss.backward()
+    assert inputs["hidden"].grad.abs().max() > 0
+
+
+def test_second_derivative_is_refused():
+    inputs = make_inputs(4, 9, 3)
+    hidden = inputs.pop("hidden").requires_grad_()
+    loss = tied_softmax_loss(hidden, **inputs)
+    with pytest.raises(RuntimeError, match=r"first derivatives only.* create_graph=True"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+def test_compiles_to_one_graph():
+    inputs = make_inputs(13, 30, 6)
+    inputs["target"][3] = -100
+    rows = torch.tensor([4, -1, 3, 0, 0])
+
+    def step(hidden, items):
+        return tied_softmax_loss(hidden, items, inputs["target"], rows=rows, z_loss=0.1)
+
+    grads = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves = [inputs[k].clone().requires_grad_() for k in ("hidden", "items")]
+        loss = function(*leaves)
+        grads.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    for eager, compiled in zip(*grads):
+        torch.testing.assert_close(compiled, eager)
+
+
+H, W, T = torch.zeros(3, 4), torch.zeros(5, 4), torch.tensor([0, 1, 4])
+ERRORS = {
+    "hidden shape": ((H[0], W, T), {}, ValueError, r"hidden must have shape \(N, D\); got \(4,\)"),
+    "items shape": ((H, W[:, :3], T), {}, ValueError, r"items must .* 4; got \(5, 3\)"),
+    "no items": ((H, W[:0], T), {}, ValueError, r"items must .* V >= 1 .* got \(0, 4\)"),
+    "hidden dtype": ((H.long(), W.long(), T), {}, TypeError, "hidden must be float32.*int64"),
+    "items dtype": ((H, W.double(), T), {}, TypeError, "items must .*float32; got torch.float64"),
+    "bias shape": ((H, W, T), {"bias": W[:, 0][:4]}, ValueError, r"bias .*\(5,\); got \(4,\)"),
+    "bias dtype": ((H, W, T), {"bias": W[:, 0].half()}, TypeError, "bias must .*float16"),
+    "device": ((H, W.to("meta"), T), {}, ValueError, "items must be on the device .* got meta"),
+    "target shape": ((H, W, T[:2]), {}, ValueError, "one entry per row of hidden, 3; got 2"),
+    "target dim": ((H, W, T[None]), {}, ValueError, r"target must have shape \(N,\)"),
+    "target dtype": ((H, W, T.int()), {}, TypeError, "target must be int64; got torch.int32"),
+    "target range": ((H, W, T + 2), {}, IndexError, "target < 5 .*-100; got 6 at row 2"),
+    "target low": ((H, W, T - 1), {}, IndexError, "got -1 at row 0"),
+    "rows shape": ((H, W, T), {"rows": T[None]}, ValueError, r"rows must have shape \(M,\)"),
+    "rows dtype": ((H, W, T), {"rows": T.int()}, TypeError, "rows must be int64"),
+    "rows range": ((H, W, T), {"rows": T}, IndexError, "rows must be < 3 .* got 4 at entry 2"),
+    "temperature": ((H, W, T), {"temperature": 0.0}, ValueError, "temperature must be > 0; got 0"),
+    "softcap": ((H, W, T), {"softcap": -1.0}, ValueError, "softcap must be >= 0 .*got -1"),
+    "smoothing": ((H, W, T), {"label_smoothing": 1.5}, ValueError, "label_smoothing .* got 1.5"),
+    "z_loss": ((H, W, T), {"z_loss": math.nan}, ValueError, "z_loss must be >= 0 .*got nan"),
+    "reduction": ((H, W, T), {"reduction": "max"}, ValueError, "mean, sum, none; got 'max'"),
+}
+
+
+@pytest.mark.parametrize(("args", "options", "kind", "message"), ERRORS.values(), ids=ERRORS.keys())
+def test_errors(args, options, kind, message):
+    with pytest.raises(kind, match=rf"^tied_softmax_loss: .*{message}"):
+        tied_softmax_loss(*args, **options)
+
+
+def test_ignored_rows_may_hold_any_target_when_skipped():
+    """rows decides: a target that no entry of rows names is not looked at."""
+    loss = tied_softmax_loss(H, W, torch.tensor([0, 99, 4]), rows=torch.tensor([0, 2]))
+    assert loss.item() == pytest.approx(math.log(5))
