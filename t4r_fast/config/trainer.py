@@ -167,7 +167,7 @@ def _today(options: dict[str, Any]) -> dict[str, Any]:
         warn_once("T4RecTrainingArguments optim", "optim='adamw_hf' is gone; taking adamw_torch")
     for name in sorted(set(_GONE) & set(options) - known):
         value = options.pop(name)
-        if value != _GONE[name] and value:
+        if value != _GONE[name]:
             warn_once(f"T4RecTrainingArguments {name}", f"{name}={value!r} has no effect any more")
     return options
 
@@ -182,7 +182,7 @@ def _set(options: dict[str, Any], old: str, new: str, value: Any) -> None:
     options[new] = value
 
 
-# -- what the Trainer can keep ----------------------------------------------------------------------
+# -- what the Trainer can keep ---------------------------------------------------------------------
 
 # Training arguments of transformers that would change results and cannot be kept here, with the
 # way to go instead.

@@ -105,7 +105,7 @@ class Checkpoints:
             self.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
         progress = _progress_in(folder)
         self._past_steps = progress.get("past_steps", 0)
-        self._steps_of_last_run = self.state.global_step if progress else 0
+        self._steps_of_last_run = progress.get("steps_of_last_run", 0)
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -171,6 +171,7 @@ class Checkpoints:
             "last_logged_step": int(getattr(self, "_globalstep_last_logged", 0)),
             "seconds": self._seconds_before + running,
             "past_steps": self._past_steps,
+            "steps_of_last_run": self._steps_of_last_run,
         }
 
     def _begin_run(self) -> None:
@@ -191,6 +192,7 @@ class Checkpoints:
         self._initial_global_step = 0
         self._seconds_before = progress["seconds"]
         self._past_steps = progress["past_steps"]
+        self._steps_of_last_run = 0
 
     def _end_run(self, steps: int) -> None:
         self._started = None

@@ -33,7 +33,7 @@ from t4r_fast.errors import InputError
 from t4r_fast.schema import Schema
 from t4r_fast.torch.checkpoint import Checkpoints, _complete
 from t4r_fast.torch.data import T4RecDataLoader
-from t4r_fast.torch.data.given import resumable
+from t4r_fast.torch.data.given import GivenLoader, resumable
 from t4r_fast.torch.evaluation import KeptPredictions, LossSum
 
 LOG = logging.getLogger("t4r_fast")
@@ -186,6 +186,8 @@ class Trainer(Checkpoints, transformers.Trainer):
 
     def num_examples(self, dataloader: Any) -> int:
         """Sessions in one pass of the loader."""
+        if isinstance(dataloader, GivenLoader):
+            dataloader = dataloader.loader
         dataset = getattr(dataloader, "dataset", None)
         if dataset is not None and has_length(dataset):
             return len(dataset)

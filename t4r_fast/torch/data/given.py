@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 def resumable(loader: Any) -> DataLoader:
     """The loader as a DataLoader, which the training loop can set to a batch inside an epoch."""
-    return loader if isinstance(loader, DataLoader) else _Given(loader)
+    return loader if isinstance(loader, DataLoader) else GivenLoader(loader)
 
 
 class _GivenBatches(IterableDataset):
@@ -23,7 +23,7 @@ class _GivenBatches(IterableDataset):
         return iter(self.loader)
 
 
-class _Given(DataLoader):
+class GivenLoader(DataLoader):
     """A user's iterable of batches."""
 
     def __init__(self, loader: Any) -> None:

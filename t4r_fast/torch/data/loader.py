@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -82,7 +83,7 @@ class SessionBatches(IterableDataset):
         self._item_id = item_id_column(schema)
         self._blocks = row_blocks(source)
         self._rows = sum(b.rows for b in self._blocks)
-        self._check_contents()
+        self._check_contents(source)
         row_bytes = max(1, self._bytes() // self._rows)
         self._fits = self._bytes() <= memory_limit
         # a third: the pool, the row group read next and the joined copy are alive together
@@ -90,10 +91,10 @@ class SessionBatches(IterableDataset):
         self._held: SessionTable | None = None
         self._epoch = 0
 
-    def _check_contents(self) -> None:
+    def _check_contents(self, source: Any) -> None:
         if not self._rows:
-            origins = ", ".join(dict.fromkeys(b.origin for b in self._blocks)) or "the files"
-            raise InputError(f"data loader: {origins} hold no sessions; check the ETL's window")
+            where = "the table" if isinstance(source, pa.Table) else str(source)
+            raise InputError(f"data loader: {where} holds no sessions; check the ETL's window")
         for block in self._blocks:
             for w in self._wanted:
                 stored_name(w.name, block.value_counts, block.origin)
