@@ -7,6 +7,7 @@ sessions of raw events.
 from t4r_fast import backend
 from t4r_fast.compat import get_compat, set_compat
 from t4r_fast.ops.item_topk import item_topk
+from t4r_fast.ops.log_uniform_sample import log_uniform_log_prob, log_uniform_sample
 from t4r_fast.ops.mask_causal import mask_causal
 from t4r_fast.ops.mask_mlm import mask_mlm
 from t4r_fast.ops.ranking_metrics import ranking_metrics
@@ -20,6 +21,8 @@ __all__ = [
     "backend",
     "get_compat",
     "item_topk",
+    "log_uniform_log_prob",
+    "log_uniform_sample",
     "mask_causal",
     "mask_mlm",
     "ranking_metrics",

@@ -20,6 +20,7 @@ ROWS_WITHOUT = {
     },
     "kernels/triton": {
         "item_topk": LATER,
+        "log_uniform_sample": LATER,
         "mask_causal": LATER,
         "mask_mlm": LATER,
         "ranking_metrics": "a few elementwise operations on (N, len(ks)): nothing to gain",

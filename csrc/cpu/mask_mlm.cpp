@@ -3,7 +3,7 @@
 
 #include <optional>
 
-#include "../philox.h"
+#include "seed.h"
 #include "sequence_mask.h"
 
 namespace t4r_fast {
@@ -12,35 +12,18 @@ namespace {
 enum Mode : int64_t { kTrain, kLast, kShifted, kNext };
 enum Draw : uint32_t { kPosition, kRow };
 
-struct Seed {
-  Words counter(uint32_t index, int64_t session, Draw draw) const {
-    return {{index, static_cast<uint32_t>(session), kind | draw, low}};
-  }
-  uint64_t key;
-  uint32_t kind, low;
-};
-
-Seed read_seed(const Tensor& seed) {
-  CHECK_DIM("mask_mlm", seed, 1, "(2,)");
-  CHECK_INT64("mask_mlm", seed);
-  CHECK(seed.size(0) == 2, "mask_mlm: seed must have shape (2,); got (", seed.size(0), ",)");
-  const int64_t* data = seed.const_data_ptr<int64_t>();
-  const uint64_t offset = static_cast<uint64_t>(data[seed.stride(0)]);
-  return {static_cast<uint64_t>(data[0]), static_cast<uint32_t>(offset >> 32) << 3,
-          static_cast<uint32_t>(offset)};
-}
-
 // Bernoulli on each item, one more item for certain, never all items.
 void train(bool* mask, int64_t n, int64_t session, const Seed& seed, uint64_t threshold) {
   int64_t masked = 0;
   for (int64_t l = 0; l < n; l += 4) {
-    const Words words = philox(seed.key, seed.counter(l / 4, session, kPosition));
+    const Words words =
+        philox(seed.key, seed.counter(l / 4, static_cast<uint32_t>(session), kPosition));
     const int64_t stop = n - l < 4 ? n - l : 4;
     for (int64_t lane = 0; lane < stop; ++lane)
       masked += mask[l + lane] = words.w[lane] < threshold;
   }
   if (n == 0) return;
-  const Words words = philox(seed.key, seed.counter(0, session, kRow));
+  const Words words = philox(seed.key, seed.counter(0, static_cast<uint32_t>(session), kRow));
   const int64_t extra = below(words.w[0], n);
   masked += !mask[extra];
   mask[extra] = true;
@@ -54,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mask_mlm_fwd_cpu(const Tensor& item_i
   const Sessions sessions("mask_mlm", item_ids, padding_idx);
   CHECK(mode >= kTrain && mode <= kNext, "mask_mlm: mode must be 0 to 3; got ", mode);
   CHECK(mode != kTrain || seed.has_value(), "mask_mlm: seed must be given in mode 'train'");
-  const Seed drawn = mode == kTrain ? read_seed(*seed) : Seed{};
+  const Seed drawn = mode == kTrain ? read_seed("mask_mlm", *seed) : Seed{};
   const int64_t positions = sessions.positions + (mode == kNext);
   MaskOutputs out(item_ids, sessions.count, positions);
   int64_t* targets = out.targets.mutable_data_ptr<int64_t>();

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from t4r_fast import backend
-from t4r_fast.ops._check import check_device
+from t4r_fast.ops._seed import check_seed
 from t4r_fast.ops._sequence_mask import SequenceMask, check_item_ids, check_mode
 from t4r_fast.reference import mask_mlm as reference
 
@@ -54,14 +54,8 @@ def mask_mlm(
     if mode != "train":
         if seed is not None:
             raise ValueError(f"mask_mlm: seed must be None in mode {mode!r}, which draws nothing")
-    elif seed is None:
-        seed = torch.randint(0, 2**63 - 1, (2,), device=item_ids.device)
-    elif seed.shape != (2,) or seed.dtype != torch.int64:
-        raise ValueError(
-            "mask_mlm: seed must be int64 (2,), (key, offset); "
-            f"got {seed.dtype} {tuple(seed.shape)}"
-        )
-    check_device("mask_mlm", item_ids, seed=seed)
+    else:
+        seed = check_seed("mask_mlm", seed, item_ids.device)
     functions = backend.ops(backend.pick("mask_mlm", item_ids), reference)
     # probability as an integer of 0 to 2**32: a random word below it masks
     threshold = round(probability * 2**32)
