@@ -85,14 +85,16 @@ def test_evaluations_start_from_zero_and_leave_dropout_off(tmp_path, data):
     assert not trainer.model.training
 
 
-def test_scores_of_all_items_are_never_formed(tmp_path, data, monkeypatch):
+@pytest.mark.parametrize("bf16", [False, True], ids=["f32", "bf16"])
+def test_scores_of_all_items_are_never_formed(tmp_path, data, monkeypatch, bf16):
     def formed(self):
         raise AssertionError("the N x V scores were formed")
 
     monkeypatch.setattr(LazyLogits, "dense", formed)
-    trainer = make_trainer(tmp_path, data, num_train_epochs=1)
+    trainer = make_trainer(tmp_path, data, num_train_epochs=1, bf16=bf16)
     trainer.train()
-    trainer.evaluate()
+    found = trainer.evaluate()
+    assert abs(found["eval_/loss"] - math.log(40)) < 0.2
     trainer.predict(data)
 
 

@@ -53,6 +53,11 @@ class LazyLogits:
             log_probabilities=self.log_probabilities,
         )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        # known without forming the scores: mixed precision asks for it at every step
+        return self.hidden.dtype
+
     def target_rank(self) -> TargetRank:
         """Rank of each row's label among all items; -1 where there is none. No N x V tensor."""
         with torch.no_grad():

@@ -156,9 +156,10 @@ class NextItemPredictionTask(nn.Module):
         hidden = hidden.float()
         if self.task_block is None:
             return hidden
+        # float again: under autocast a linear map gives half precision, the item table is float32
         if takes_mode(self.task_block):
-            return self.task_block(hidden, training=self.training)
-        return self.task_block(hidden)
+            return self.task_block(hidden, training=self.training).float()
+        return self.task_block(hidden).float()
 
     def forward(
         self,
