@@ -38,14 +38,14 @@ def check_scores(op: str, hidden: Tensor, items: Tensor, bias: Tensor | None) ->
                 f"{op}: bias must have the dtype of hidden, {hidden.dtype}, or float32; "
                 f"got {bias.dtype}"
             )
-    check_device(op, hidden, items=items, bias=bias)
+    check_device(op, "hidden", hidden, items=items, bias=bias)
 
 
-def check_device(op: str, first: Tensor, **others: Tensor | None) -> None:
+def check_device(op: str, first_name: str, first: Tensor, **others: Tensor | None) -> None:
     for name, tensor in others.items():
         if tensor is not None and tensor.device != first.device:
             raise ValueError(
-                f"{op}: {name} must be on the device of the first argument, {first.device}; "
+                f"{op}: {name} must be on the device of {first_name}, {first.device}; "
                 f"got {tensor.device}"
             )
 
@@ -68,7 +68,7 @@ def check_target(
             f"got {target.shape[0]}"
         )
     check_rows(op, hidden, rows)
-    check_device(op, hidden, target=target)
+    check_device(op, "hidden", hidden, target=target)
     if rows is None:
         wrong = ((target < 0) | (target >= items.shape[0])) & (target != ignore_index)
         where = "row"
@@ -92,7 +92,7 @@ def check_rows(op: str, hidden: Tensor, rows: Tensor | None) -> None:
     if rows is None:
         return
     check_int64(op, "rows", rows, "(M,)", 1)
-    check_device(op, hidden, rows=rows)
+    check_device(op, "hidden", hidden, rows=rows)
     check_values(
         rows >= hidden.shape[0],
         rows,

@@ -73,7 +73,7 @@ def item_topk(
 
 def _check_exclude(hidden: Tensor, items: Tensor, exclude: Tensor) -> None:
     check_int64("item_topk", "exclude", exclude, "(N, S)", 2)
-    check_device("item_topk", hidden, exclude=exclude)
+    check_device("item_topk", "hidden", hidden, exclude=exclude)
     if exclude.shape[0] != hidden.shape[0]:
         raise ValueError(
             f"item_topk: exclude must have one row per row of hidden, {hidden.shape[0]}; "

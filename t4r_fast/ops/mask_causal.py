@@ -23,7 +23,7 @@ def mask_causal(
 ) -> SequenceMask:
     """Next-item targets, mask, row list and count of padded sessions, without a host sync.
 
-    With n the number of items of a session, targets[i] = item_ids[i + 1]:
+    mode, with n the number of items of a session and targets[i] = item_ids[i + 1]:
     "train"       at positions 0 to n - 2; all other positions are masked
     "train_last"  only at position n - 2 (train_on_last_item_seq_only); padding is masked
     "last"        evaluation, the same rule: only at position n - 2; padding is masked

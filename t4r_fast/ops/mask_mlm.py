@@ -23,7 +23,7 @@ def mask_mlm(
 ) -> SequenceMask:
     """Masked-language-model targets, mask, row list and count, without a host sync.
 
-    With n the number of items of a session:
+    mode, with n the number of items of a session:
     "train"    each item is masked with `probability`; then one item at random is masked for
                certain; then, if all n are, one at random is unmasked. n = 1 labels nothing.
     "last"     evaluation: only the last item, position n - 1, is masked

@@ -97,7 +97,12 @@ def _check_columns(columns: list[Tensor], tables: list[Tensor | None]) -> None:
                 f"{names(FLOAT_DTYPES)}; got {value.dtype} in "
                 f"{name if table is None else f'tables[{index}]'} and {floats[0].dtype} before"
             )
-        check_device("sequence_embedding", columns[0], **{name: column, f"tables[{index}]": table})
+        check_device(
+            "sequence_embedding",
+            "columns[0]",
+            columns[0],
+            **{name: column, f"tables[{index}]": table},
+        )
 
 
 def _check_widths(columns: list[Tensor], tables: list[Tensor | None], aggregation: str) -> int:
@@ -143,4 +148,4 @@ def _check_mask(
             f"sequence_embedding: mask_vector must be {value.dtype} ({width},); "
             f"got {mask_vector.dtype} {tuple(mask_vector.shape)}"
         )
-    check_device("sequence_embedding", columns[0], mask=mask, mask_vector=mask_vector)
+    check_device("sequence_embedding", "columns[0]", columns[0], mask=mask, mask_vector=mask_vector)

@@ -1,0 +1,137 @@
+"""mask_causal: the contract's rules, exactly."""
+
+import pytest
+import torch
+from harness import LargestTensor, lanes, run_on
+from test_mask_mlm import same, sessions, some_sessions
+
+from t4r_fast.ops.mask_causal import MODES, mask_causal
+from t4r_fast.reference import mask_causal as reference
+
+LANES = lanes("mask_causal")
+CASES = [(mode, False) for mode in MODES] + [("train_last", True), ("last", True)]
+
+
+def rules_in_python(item_ids, mode, hide_history=False, padding_idx=0):
+    """The contract, one session after another."""
+    length = item_ids.shape[1]
+    targets, masks, rows = [], [], []
+    for b, row in enumerate(item_ids.tolist()):
+        n = sum(i != padding_idx for i in row)
+        target, mask = [padding_idx] * length, [i >= n for i in range(length)]
+        wanted = {
+            "train": range(n - 1),
+            "train_last": range(max(n - 2, 0), n - 1),
+            "last": range(max(n - 2, 0), n - 1),
+            "next": (),
+        }[mode]
+        for i in wanted:
+            target[i] = row[i + 1]
+        if mode == "train" or hide_history:
+            mask = [i not in wanted for i in range(length)]
+        read = [max(n - 1, 0)] if mode == "next" and length else wanted
+        rows += [b * length + i for i in read]
+        targets.append(target)
+        masks.append(mask)
+    count = len(rows)
+    rows += [-1] * (item_ids.numel() - count)
+    return (
+        torch.tensor(targets, dtype=torch.int64).reshape(len(item_ids), length),
+        torch.tensor(masks, dtype=torch.bool).reshape(len(item_ids), length),
+        torch.tensor(rows, dtype=torch.int64),
+        torch.tensor(count),
+    )
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize(("mode", "hide_history"), CASES)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 2), (33, 5), (70, 21), (0, 3), (3, 0)], ids=str)
+def test_rules(lane, mode, hide_history, shape):
+    ids = some_sessions(*shape)
+    with run_on(lane, "mask_causal") as device:
+        found = mask_causal(ids.to(device), mode=mode, hide_history=hide_history)
+    same(found, rules_in_python(ids, mode, hide_history))
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize(("mode", "hide_history"), CASES)
+def test_many_sessions_views_and_another_padding(lane, mode, hide_history):
+    ids = torch.where(some_sessions(3000, 6) == 0, 7, some_sessions(3000, 6) + 10)
+    expected = rules_in_python(ids, mode, hide_history, padding_idx=7)
+    with run_on(lane, "mask_causal") as device:
+        view = ids.T.contiguous().T.to(device)
+        same(mask_causal(view, mode=mode, hide_history=hide_history, padding_idx=7), expected)
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_an_example(lane):
+    ids = torch.tensor([[11, 12, 13, 0], [14, 0, 0, 0]])
+    with run_on(lane, "mask_causal") as device:
+        train = mask_causal(ids.to(device))
+        last = mask_causal(ids.to(device), mode="last")
+        hidden = mask_causal(ids.to(device), mode="last", hide_history=True)
+        ahead = mask_causal(ids.to(device), mode="next")
+    assert train.targets.tolist() == [[12, 13, 0, 0], [0, 0, 0, 0]]
+    assert train.mask.tolist() == [[False, False, True, True], [True] * 4]
+    assert train.rows.tolist() == [0, 1, -1, -1, -1, -1, -1, -1]
+    assert train.count.item() == 2
+    assert last.targets.tolist() == [[0, 13, 0, 0], [0, 0, 0, 0]]
+    assert last.mask.tolist() == [[False, False, False, True], [False, True, True, True]]
+    assert hidden.mask.tolist() == [[True, False, True, True], [True] * 4]
+    assert ahead.rows.tolist() == [2, 4, -1, -1, -1, -1, -1, -1]
+    assert ahead.targets.sum() == 0
+
+
+@pytest.mark.parametrize("mode", range(3))
+def test_reference_never_waits_for_the_host(mode):
+    with LargestTensor() as seen:
+        reference.mask_causal_fwd(sessions([3, 0, 5], 5), mode, 0, False)
+    assert not seen.calls & {"_local_scalar_dense", "nonzero", "masked_select"}
+
+
+@pytest.mark.parametrize("mode", range(3))
+def test_opcheck(mode):
+    with run_on("cpu", "mask_causal"):
+        args = (sessions([3, 0, 5], 5), mode, 0, False)
+        torch.library.opcheck(torch.ops.t4r_fast.mask_causal_fwd, args)
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("mode", ["train", "next"])
+def test_compiles_to_one_graph(lane, mode):
+    with run_on(lane, "mask_causal") as device:
+        ids = sessions([3, 0, 5, 1], 5).to(device)
+
+        def step(x):
+            return tuple(mask_causal(x, mode=mode))
+
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(ids)
+        assert all(torch.equal(a, b) for a, b in zip(step(ids), compiled, strict=True))
+
+
+def test_native_kernel_guards_its_arguments():
+    with run_on("cpu", "mask_causal"):
+        op, ids = torch.ops.t4r_fast.mask_causal_fwd, sessions([3], 5)
+        for args, message in [
+            ((ids[0], 0, 0, False), r"item_ids must have shape \(B, L\); got 1 dim"),
+            ((ids.int(), 0, 0, False), "item_ids must be int64"),
+            ((ids, 3, 0, False), "mode must be 0 to 2; got 3"),
+        ]:
+            with pytest.raises(RuntimeError, match=f"^mask_causal: {message}"):
+                op(*args)
+
+
+X = sessions([3, 2], 4)
+ERRORS = {
+    "shape": ((X[0],), {}, ValueError, r"item_ids must have shape \(B, L\); got \(4,\)"),
+    "dtype": ((X.int(),), {}, TypeError, "item_ids must be int64; got torch.int32"),
+    "mode": ((X,), {"mode": "all"}, ValueError, "train, train_last, last, next; got 'all'"),
+    "left": ((X.flip(1),), {}, ValueError, r"padding \(0\) on the right .* row 0, position 1$"),
+    "hide": ((X,), {"hide_history": True}, ValueError, "hide_history must be False .* 'train'"),
+}
+
+
+@pytest.mark.parametrize(("args", "options", "kind", "message"), ERRORS.values(), ids=ERRORS.keys())
+def test_errors(args, options, kind, message):
+    with pytest.raises(kind, match=rf"^mask_causal: .*{message}"):
+        mask_causal(*args, **options)

@@ -1,0 +1,219 @@
+"""sequence_embedding against indexing, torch.cat and torch.where."""
+
+import pytest
+import torch
+from harness import check, lanes, run_on
+
+from t4r_fast.ops.sequence_embedding import sequence_embedding
+
+LANES = lanes("sequence_embedding")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+
+
+def naive(
+    columns,
+    tables,
+    aggregation="concat",
+    mask=None,
+    mask_vector=None,
+    zero_padding=False,
+    padding_idx=0,
+):
+    parts = []
+    for column, table in zip(columns, tables):
+        if table is None:
+            parts.append(column.reshape(*column.shape[:2], -1))
+            continue
+        found = table[column.clamp(0, len(table) - 1)]
+        pad = (column == padding_idx)[..., None]
+        parts.append(torch.where(pad, found.detach(), found))  # padding gives no gradient
+    out = torch.cat(parts, -1) if aggregation == "concat" else torch.stack(parts).sum(0)
+    if zero_padding:
+        first = columns[[t is not None for t in tables].index(True)]
+        out = torch.where((first == padding_idx)[..., None], 0.0, out)
+    return out if mask is None else torch.where(mask[..., None], mask_vector, out)
+
+
+def make_inputs(sessions, positions, widths, mask=False, numbers=()):
+    g = torch.Generator().manual_seed(sessions * 100 + positions)
+    rows = [7 + 3 * i for i in range(len(widths))]
+    columns = [torch.randint(1, r, (sessions, positions), generator=g) for r in rows]
+    for column in columns:  # pads on the right
+        lengths = torch.randint(0, positions + 1, (sessions, 1), generator=g)
+        column[torch.arange(positions) >= lengths] = 0
+    tables = [torch.randn(r, w, generator=g) for r, w in zip(rows, widths)]
+    for width in numbers:
+        shape = (sessions, positions, width) if width else (sessions, positions)
+        columns.insert(1, torch.randn(shape, generator=g))
+        tables.insert(1, None)
+    inputs = {"columns": columns, "tables": tables}
+    if mask:
+        inputs["mask"] = torch.rand(sessions, positions, generator=g) < 0.3
+        total = sum(widths) + sum(max(w, 1) for w in numbers)
+        inputs["mask_vector"] = torch.randn(total, generator=g)
+    return inputs
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("zero_padding", [False, True])
+@pytest.mark.parametrize(
+    "case",
+    [
+        ((1, 1, [1]), {}),
+        ((3, 5, [4]), {"mask": True}),
+        ((4, 20, [64, 8, 3]), {"mask": True, "numbers": (0, 2, 1)}),
+        ((33, 7, [5, 6]), {"numbers": (0,)}),
+    ],
+    ids=lambda c: str(c[0]),
+)
+def test_concat(lane, dtype, zero_padding, case):
+    inputs = make_inputs(*case[0], **case[1])
+    diff = ("tables", "columns", "mask_vector")[: 3 if "mask" in inputs else 2]
+    check(lane, sequence_embedding, naive, inputs, {"zero_padding": zero_padding}, dtype, diff)
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sum(lane, dtype):
+    inputs = make_inputs(9, 6, [5, 5], numbers=(5,))
+    inputs["mask"] = torch.eye(9, 6).bool()
+    inputs["mask_vector"] = torch.randn(5)
+    options = {"aggregation": "sum", "zero_padding": True}
+    diff = ("tables", "columns", "mask_vector")
+    check(lane, sequence_embedding, naive, inputs, options, dtype, diff)
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_colliding_ids_and_views(lane):
+    inputs = make_inputs(40, 20, [16])
+    inputs["columns"] = [torch.full((20, 40), 3).T]
+    inputs["tables"] = [torch.randn(7, 32, generator=torch.Generator().manual_seed(0))[:, ::2]]
+    check(lane, sequence_embedding, naive, inputs, {}, torch.float32, ("tables",))
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_mask_wins_over_padding_and_another_padding_id(lane):
+    ids = torch.tensor([[4, 2, 2], [2, 2, 2]])
+    mask = torch.tensor([[False, True, False], [False, False, True]])
+    with run_on(lane, "sequence_embedding") as device:
+        table = torch.arange(10.0, device=device).reshape(5, 2).requires_grad_()
+        vector = torch.full((2,), -1.0, device=device, requires_grad=True)
+        found = sequence_embedding(
+            [ids.to(device)],
+            [table],
+            mask=mask.to(device),
+            mask_vector=vector,
+            zero_padding=True,
+            padding_idx=2,
+        )
+        found.sum().backward()
+    wanted = [[[8.0, 9], [-1, -1], [0, 0]], [[0, 0], [0, 0], [-1, -1]]]
+    assert found.tolist() == wanted
+    assert table.grad.tolist() == [[0, 0], [0, 0], [0, 0], [0, 0], [1, 1]]
+    assert vector.grad.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_padding_row_is_looked_up_but_not_trained(lane):
+    with run_on(lane, "sequence_embedding") as device:
+        table = torch.ones(3, 2, device=device, requires_grad=True)
+        found = sequence_embedding([torch.tensor([[1, 0, 0]], device=device)], [table])
+        found.sum().backward()
+    assert found.tolist() == [[[1, 1]] * 3]
+    assert table.grad.tolist() == [[0, 0], [1, 1], [0, 0]]
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0)], ids=str)
+def test_empty(lane, shape):
+    with run_on(lane, "sequence_embedding") as device:
+        table = torch.ones(4, 3, device=device, requires_grad=True)
+        found = sequence_embedding([torch.zeros(shape, dtype=torch.int64, device=device)], [table])
+        found.sum().backward()
+    assert found.shape == (*shape, 3)
+    assert torch.equal(table.grad.cpu(), torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_gradient_repeats_bit_for_bit(lane):
+    inputs = make_inputs(256, 20, [16])
+    found = []
+    with run_on(lane, "sequence_embedding") as device:
+        column = inputs["columns"][0].to(device)
+        weight = torch.randn(256, 20, 16, generator=torch.Generator().manual_seed(0)).to(device)
+        for _ in range(3):
+            table = inputs["tables"][0].to(device).requires_grad_()
+            sequence_embedding([column], [table]).backward(weight)
+            found.append(table.grad)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_gradcheck():
+    inputs = make_inputs(3, 4, [2, 3], mask=True, numbers=(0,))
+    tables = [t if t is None else t.double().requires_grad_() for t in inputs["tables"]]
+    number = inputs["columns"][1].double().requires_grad_()
+    vector = inputs["mask_vector"].double().requires_grad_()
+
+    def run(first, second, x, v):
+        columns = [inputs["columns"][0], x, inputs["columns"][2]]
+        return sequence_embedding(
+            columns, [first, None, second], mask=inputs["mask"], mask_vector=v, zero_padding=True
+        )
+
+    # The table's padding row has no gradient by rule: differences must not move it.
+    for column in (inputs["columns"][0], inputs["columns"][2]):
+        column.clamp_(min=1)
+    assert torch.autograd.gradcheck(run, (tables[0], tables[2], number, vector))
+
+
+def test_compiles_to_one_graph():
+    inputs = make_inputs(4, 6, [5, 3], mask=True, numbers=(0,))
+
+    def step(first, second):
+        return sequence_embedding(
+            inputs["columns"],
+            [first, None, second],
+            mask=inputs["mask"],
+            mask_vector=inputs["mask_vector"],
+        )
+
+    tables = inputs["tables"][0], inputs["tables"][2]
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(*tables)
+    assert torch.equal(step(*tables), compiled)
+
+
+I, W, X = torch.zeros(2, 3).long(), torch.zeros(5, 4), torch.zeros(2, 3)  # noqa: E741
+M, V = torch.zeros(2, 3).bool(), torch.zeros(4)
+ERRORS = {
+    "none": (([], []), {}, ValueError, "equally many, at least one; got 0 and 0"),
+    "count": (([I], [W, W]), {}, ValueError, "got 1 and 2"),
+    "shape": (([I, I[:1]], [W, W]), {}, ValueError, r"columns\[1\] .*\(2, 3\); got \(1, 3\)"),
+    "dim": (([I[0]], [W]), {}, ValueError, r"columns\[0\] must have shape \(B, L\)"),
+    "id dim": (([I[..., None]], [W]), {}, ValueError, r"columns\[0\] must have shape \(B, L\) bec"),
+    "id dtype": (([I.int()], [W]), {}, TypeError, r"columns\[0\] must be int64; got torch.int32"),
+    "table dim": (([I], [V]), {}, ValueError, r"tables\[0\] must have shape \(V, D\); got \(4,\)"),
+    "range": (
+        ([I, I + torch.tensor([0, 5, 0])], [W, W]),
+        {},
+        IndexError,
+        r"columns\[1\] must hold ids from 0 to 4 \(tables\[1\] has 5 rows\); "
+        r"got 5 at position \(0, 1\)",
+    ),
+    "negative": (([I - 1], [W]), {}, IndexError, r"got -1 at position \(0, 0\)"),
+    "dtypes": (([I, X.double()], [W, None]), {}, TypeError, r"float64 in columns\[1\] and .*32"),
+    "no float": (([I], [None]), {}, TypeError, r"got torch.int64 in columns\[0\]"),
+    "device": (([I], [W.to("meta")]), {}, ValueError, r"tables\[0\] must be on the device"),
+    "aggregation": (([I], [W]), {"aggregation": "mean"}, ValueError, "concat, sum; got 'mean'"),
+    "widths": (([I, X], [W, None]), {"aggregation": "sum"}, ValueError, r"one width; got \[4, 1\]"),
+    "only mask": (([I], [W]), {"mask": M}, ValueError, "must be given together"),
+    "mask": (([I], [W]), {"mask": X, "mask_vector": V}, ValueError, "mask must be bool .*float32"),
+    "vector": (([I], [W]), {"mask": M, "mask_vector": V[:3]}, ValueError, r"\(4,\); got .*\(3,\)"),
+    "zero": (([X], [None]), {"zero_padding": True}, ValueError, "zero_padding needs an id column"),
+}
+
+
+@pytest.mark.parametrize(("args", "options", "kind", "message"), ERRORS.values(), ids=ERRORS.keys())
+def test_errors(args, options, kind, message):
+    with pytest.raises(kind, match=rf"^sequence_embedding: .*{message}"):
+        sequence_embedding(*args, **options)
