@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from t4r_fast.errors import InputError
+
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 _NAMESPACES = {"cpu": "t4r_fast", "cuda": "t4r_fast", "triton": "t4r_fast_triton"}
 _DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cpu", "cuda")}
@@ -34,17 +36,16 @@ _kernels: dict[str, dict[str, tuple[str, ...]]] = {}  # op -> backend -> device 
 
 def _check_name(name: str) -> str:
     if name not in BACKENDS:
-        raise ValueError(f"backend: name must be one of {', '.join(BACKENDS)}; got {name!r}")
+        raise InputError(
+            f"backend: name (of `use`, or T4R_FAST_BACKEND) must be one of {', '.join(BACKENDS)}; "
+            f"got {name!r}"
+        )
     return name
 
 
-# A plain global and not a ContextVar: Dynamo cannot trace that.
+# A plain global and not a ContextVar: Dynamo cannot trace that. A wrong name in the environment is
+# refused by the first op, not by the import: `t4r-fast doctor` must be able to say what is wrong.
 _forced: str | None = os.environ.get("T4R_FAST_BACKEND") or None
-if _forced is not None:
-    try:
-        _check_name(_forced)
-    except ValueError as error:
-        raise ValueError(f"T4R_FAST_BACKEND: {error}") from None
 
 
 def _load_cpu() -> str | None:
@@ -123,7 +124,8 @@ def _has_kernels(op: str, backend: str, device: str) -> bool:
 def pick(op: str, tensor: torch.Tensor) -> str:
     """The backend that `op` takes for a tensor on this device: one of BACKENDS.
 
-    Raises RuntimeError when a backend is forced that has no kernel for this op and device.
+    Raises RuntimeError when a backend is forced that has no kernel for this op and device,
+    ValueError when T4R_FAST_BACKEND names no backend.
     """
     return _pick_device(op, tensor.device.type)
 
@@ -133,7 +135,7 @@ def _pick_device(op: str, device: str) -> str:
     if _forced is not None:
         if _forced == "reference" or device in kernels.get(_forced, ()):
             return _forced
-        reason = why_not(op, _forced, device)
+        reason = why_not(op, _check_name(_forced), device)
         raise RuntimeError(f"{op}: backend '{_forced}' is forced, but {reason}")
     if device in kernels.get(device, ()):  # the native backend of a device has its name
         return device
@@ -147,10 +149,10 @@ def why_not(op: str, backend: str, device: str) -> str | None:
     if backend == "reference" or device in _kernels.get(op, {}).get(backend, ()):
         return None
     if device not in _DEVICES[backend]:
-        return f"it does not run on device '{device}'"
+        return f"that backend does not run on device '{device}'"
     if OFF[backend] is not None:
         return OFF[backend]
-    return f"it has no kernel of this op for device '{device}'; use backend 'reference'"
+    return f"that backend has no kernel of it for device '{device}'; use backend 'reference'"
 
 
 @contextlib.contextmanager
@@ -174,6 +176,11 @@ def ops(name: str, reference: ModuleType) -> Any:
     return reference if name == "reference" else getattr(torch.ops, _NAMESPACES[name])
 
 
+def forced() -> str | None:
+    """The backend that `use` or T4R_FAST_BACKEND forces, if any."""
+    return _forced
+
+
 def table() -> dict[str, dict[str, str]]:
     """The backend of every op per device: {"mask_mlm": {"cpu": "cpu", "cuda": "reference"}, ...}.
 
@@ -189,6 +196,6 @@ def table() -> dict[str, dict[str, str]]:
         for device in ("cpu", "cuda"):
             try:
                 rows[op][device] = _pick_device(op, device)
-            except RuntimeError as error:
+            except (RuntimeError, InputError) as error:
                 rows[op][device] = f"error: {error}"
     return rows
