@@ -77,9 +77,12 @@ class EventFile:
 
     def batches(self, columns: list[str]) -> Iterator[pl.DataFrame]:
         """The columns in pieces, in order. Raises InputError on damage."""
-        scan = self.scan().select(columns)
+        # of a text file every column is parsed: with fewer, Polars does not notice rows with too
+        # many fields, whose values stand in the wrong columns
+        scan = self.scan() if self.is_text else self.scan().select(columns)
         try:
-            yield from scan.collect_batches(chunk_size=BATCH_ROWS, maintain_order=True)
+            for batch in scan.collect_batches(chunk_size=BATCH_ROWS, maintain_order=True):
+                yield batch.select(columns)
         except (pl.exceptions.PolarsError, OSError) as e:
             raise self._unreadable(e) from e
 
