@@ -133,11 +133,12 @@ def test_memory_and_categories_tell_more_than_the_current_item(sessions):
     category[np.concatenate(lists)] = np.concatenate(train["category_id-list_seq"].to_list())
     truth = test["product_id-list_seq"].to_list()
 
-    def judge(first=0.0, second=0.0, in_category=0.0):
+    def judge(first=0.0, second=0.0, skip=0.0, in_category=0.0):
         scores = np.tile(popularity, (len(truth), 1))
         for row, s in zip(scores, truth):
             at, before = s[-2], ([0, *s])[-3]
-            for weight, counts in ((first, after[at]), (second, after_two[before, at])):
+            used = ((first, after[at]), (second, after_two[before, at]), (skip, after[before]))
+            for weight, counts in used:
                 for item, count in counts.items():
                     row[item] += weight * count / (sum(counts.values()) + 2)
             mode = Counter(category[s[:-1]]).most_common(1)[0][0]
@@ -148,7 +149,21 @@ def test_memory_and_categories_tell_more_than_the_current_item(sessions):
     current = judge(first=1)
     assert popular < 0.03
     assert current > 5 * popular
-    assert judge(first=1, second=4) > 1.02 * current
+    print(
+        "J",
+        popular,
+        current,
+        judge(1, 1),
+        judge(1, 2),
+        judge(1, 4),
+        judge(1, 1, 0.5),
+        judge(1, 2, 0.5),
+        judge(1, 2, 1),
+        judge(1, 2, 0.5, 0.02),
+        judge(1, 0, 0, 0.02),
+    )
+    # where the walk stood before the current item, which may be a detour
+    assert judge(first=1, second=2, skip=0.5) > 1.15 * current
     # the category of most of the session, not only of the current item
     assert judge(first=1, in_category=0.02) > 1.05 * current
 
