@@ -139,10 +139,11 @@ class CMakeBuild(build_ext):
         }
 
 
-setup(
-    packages=[*find_packages(include=["t4r_fast", "t4r_fast.*"]), "t4r_fast.kernels"],
-    # Not a package `kernels` of our own: Hugging Face has one by that name.
-    package_dir={"t4r_fast.kernels": "kernels/triton"},
-    ext_modules=[Extension("t4r_fast._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
-)
+if __name__ == "__main__":
+    setup(
+        packages=[*find_packages(include=["t4r_fast", "t4r_fast.*"]), "t4r_fast.kernels"],
+        # Not a package `kernels` of our own: Hugging Face has one by that name.
+        package_dir={"t4r_fast.kernels": "kernels/triton"},
+        ext_modules=[Extension("t4r_fast._C", sources=[])],
+        cmdclass={"build_ext": CMakeBuild},
+    )

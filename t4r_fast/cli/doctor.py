@@ -47,7 +47,8 @@ def collect() -> dict[str, Any]:
     returns  {"versions": {name: version or None}, "built": {part: {"ok", "detail"}},
              "cpu": {"model", "cores", "threads", "features"}, "gpus": [{"name", ...}],
              "forced": backend or None, "ops": {op: {"cpu": backend, "cuda": backend}},
-             "off": {backend: why}, "missing": {op: {backend: why}}}; an op's backend reads "error: ..." where it cannot run
+             "off": {backend: why}, "missing": {op: {backend: why}}}
+    An op's backend reads "error: ..." where the forced one cannot run it.
     """
     from t4r_fast import backend
 
@@ -180,15 +181,15 @@ def _show(facts: dict[str, Any]) -> None:
     results.print(machine)
 
     ops = Table("op", "on a CPU", "on a GPU", title="Backend of each op", title_justify="left")
-    errors = []
     for op, row in facts["ops"].items():
         ops.add_row(op, _colour(row["cpu"]), _colour(row["cuda"]))
-        errors += [text for text in row.values() if text.startswith("error")]
     results.print(ops)
-    for text in dict.fromkeys(errors):
-        results.print(f"[red]{escape(text)}[/red]", highlight=False)
     if facts["forced"]:
-        results.print(f"Forced by T4R_FAST_BACKEND: {escape(facts['forced'])}", highlight=False)
+        results.print(
+            f"Forced by T4R_FAST_BACKEND: {escape(facts['forced'])}. An op marked error cannot run"
+            " with it; --json says why.",
+            highlight=False,
+        )
     for name, reason in facts["off"].items():
         results.print(f"[bold]{name}[/bold] is off: {escape(reason)}", highlight=False)
     for name in ("cpu", "cuda", "triton"):
