@@ -372,7 +372,9 @@ class _Walks:
         self.weight = np.where(age >= 0, shop.weight * (1.0 + novelty), 0.0)
         self.everything = _Groups(np.zeros(shop.items, np.int64), self.weight, self.sold)
         # along a brand from cheap to dear; along a price level from brand to brand
+        # numbered without gaps, since arrays below have a place for every group
         by_brand = shop.category * (shop.brand.max() + 1) + shop.brand
+        by_brand = np.unique(by_brand, return_inverse=True)[1]
         by_level = shop.category * world.price_levels + shop.level
         self.kinds = (
             _Groups(by_brand, self.weight, self.sold, order=shop.price),
