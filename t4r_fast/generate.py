@@ -91,7 +91,7 @@ class World:
     popularity_exponent: float = 0.3
     no_brand_share: float = 0.05
     no_code_share: float = 0.3
-    initial_share: float = 0.6
+    initial_share: float = 0.7
     novelty_boost: float = 4.0
     novelty_days: float = 1.5
     mean_length: float = 5.8

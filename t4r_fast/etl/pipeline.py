@@ -316,7 +316,7 @@ def _widen(
 ) -> None:
     """Extend the range of every float feature by these sessions."""
     for name in names:
-        values = sessions[name].explode(empty_as_null=False)
+        values = sessions[name].explode()
         if values.dtype.is_float() and len(values):
             feature = name.removesuffix(suffix)
             low, high = ranges.get(feature, (np.inf, -np.inf))
