@@ -4,17 +4,24 @@ The ops stand here under their names; `t4r_fast.torch` is the drop-in layer, `t4
 sessions of raw events.
 """
 
-from t4r_fast import backend
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
 from t4r_fast.compat import get_compat, set_compat
-from t4r_fast.ops.item_topk import item_topk
-from t4r_fast.ops.log_uniform_sample import log_uniform_log_prob, log_uniform_sample
-from t4r_fast.ops.mask_causal import mask_causal
-from t4r_fast.ops.mask_mlm import mask_mlm
-from t4r_fast.ops.ranking_metrics import ranking_metrics
-from t4r_fast.ops.sequence_embedding import sequence_embedding
-from t4r_fast.ops.target_rank import target_rank
-from t4r_fast.ops.tied_softmax_loss import tied_softmax_loss
 from t4r_fast.version import __version__
+
+if TYPE_CHECKING:
+    from t4r_fast import backend
+    from t4r_fast.ops.item_topk import item_topk
+    from t4r_fast.ops.log_uniform_sample import log_uniform_log_prob, log_uniform_sample
+    from t4r_fast.ops.mask_causal import mask_causal
+    from t4r_fast.ops.mask_mlm import mask_mlm
+    from t4r_fast.ops.ranking_metrics import ranking_metrics
+    from t4r_fast.ops.sequence_embedding import sequence_embedding
+    from t4r_fast.ops.target_rank import target_rank
+    from t4r_fast.ops.tied_softmax_loss import tied_softmax_loss
 
 __all__ = [
     "__version__",
@@ -31,3 +38,22 @@ __all__ = [
     "target_rank",
     "tied_softmax_loss",
 ]
+
+
+# An op is imported when it is first asked for: importing torch takes seconds, and
+# `t4r-fast --help` and the ETL do without it.
+_MODULES = {"log_uniform_log_prob": "log_uniform_sample"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "backend":
+        return importlib.import_module("t4r_fast.backend")
+    module = importlib.import_module(f"t4r_fast.ops.{_MODULES.get(name, name)}")
+    globals()[name] = getattr(module, name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,9 +9,11 @@ schemas in Python, once.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import os
 import pkgutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -130,8 +132,17 @@ def pick(op: str, tensor: torch.Tensor) -> str:
     return _pick_device(op, tensor.device.type)
 
 
+def _kernels_of(op: str) -> dict[str, tuple[str, ...]]:
+    # The package imports an op when it is first asked for. A compiled caller is an op, so loaded.
+    if op not in _kernels and not torch.compiler.is_dynamo_compiling():
+        module = f"t4r_fast.ops.{op}"
+        if module not in sys.modules and importlib.util.find_spec(module) is not None:
+            importlib.import_module(module)
+    return _kernels.get(op, {})
+
+
 def _pick_device(op: str, device: str) -> str:
-    kernels = _kernels.get(op, {})
+    kernels = _kernels_of(op)
     if _forced is not None:
         if _forced == "reference" or device in kernels.get(_forced, ()):
             return _forced
@@ -146,7 +157,7 @@ def _pick_device(op: str, device: str) -> str:
 
 def why_not(op: str, backend: str, device: str) -> str | None:
     """Why `op` cannot take `backend` on `device`, in words; None if it can."""
-    if backend == "reference" or device in _kernels.get(op, {}).get(backend, ()):
+    if backend == "reference" or device in _kernels_of(op).get(backend, ()):
         return None
     if device not in _DEVICES[backend]:
         return f"that backend does not run on device '{device}'"

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import textwrap
-import time
 
 import pytest
 import torch
-from session_files import ITEM, session_schema, walks, write_windows
+from session_files import walks, write_windows
 
-from t4r_fast.errors import InputError
 from t4r_fast.tutorial import models, saved_model, state
-from t4r_fast.tutorial.run import choose_models, train_and_report
+from t4r_fast.tutorial.run import train_and_report
 from t4r_fast.tutorial.sessions import SessionData
 from t4r_fast.tutorial.windows import TrainingOptions, train_windows
 

@@ -1,0 +1,256 @@
+"""The command line: help with an example, errors as one line, and the commands on small data."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+from session_files import walks, write_windows
+from typer.testing import CliRunner
+
+from t4r_fast.cli import app
+from t4r_fast.tutorial import models
+
+COMMANDS = (
+    "demo",
+    "etl",
+    "generate",
+    "train",
+    "evaluate",
+    "recommend",
+    "tutorial",
+    "bench",
+    "doctor",
+)
+SMALL = [
+    "--epochs",
+    "1",
+    "--batch-size",
+    "32",
+    "--d-model",
+    "16",
+    "--layers",
+    "1",
+    "--heads",
+    "2",
+    "--item-dim",
+    "16",
+    "--learning-rate",
+    "0.01",
+]
+START = "from t4r_fast.cli import main; main()"
+
+
+def ran(*arguments, code=0):
+    """Run in a process of its own, as a user does; returns (stdout, stderr)."""
+    done = subprocess.run(
+        [sys.executable, "-c", START, *map(str, arguments)], capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr
+    return done.stdout, done.stderr
+
+
+def shown(*arguments):
+    """Run in this process, which has torch loaded already; returns what it printed."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command):
+    text = shown(command, "--help")
+    assert re.search(rf"Example: *t4r-fast {command}\b", text)
+
+
+def test_the_list_of_commands_is_complete():
+    text = shown("--help")
+    assert all(re.search(rf"^.\s{command}\s", text, re.MULTILINE) for command in COMMANDS)
+
+
+def test_help_answers_without_loading_torch():
+    script = (
+        "import sys\nfrom t4r_fast.cli import app\nfrom typer.testing import CliRunner\n"
+        "r = CliRunner().invoke(app, ['tutorial', '--help'])\n"
+        "assert r.exit_code == 0, r.output\nprint('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+@pytest.fixture(scope="module")
+def events(tmp_path_factory):
+    """Events of three days in a ring of items, with names of columns of its own."""
+    rows = []
+    for day in (1, 2, 3):
+        for s, session in enumerate(walks(day, 150, 43)):
+            for i, item in enumerate(session):
+                rows.append((f"{day}-{s}", f"item{item}", f"2024-05-0{day} 10:00:{i:02d}", s))
+    path = tmp_path_factory.mktemp("events") / "clicks.csv"
+    frame = pl.DataFrame(rows, schema=["SessionId", "ItemId", "Time", "place"], orient="row")
+    frame.sort("Time", "place", maintain_order=True).drop("place").write_csv(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tutorial_out(events, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "out"
+    mapped = "session=SessionId,item=ItemId,time=Time"
+    return out, *ran("tutorial", events, "--map", mapped, "--out", out, *SMALL)
+
+
+def test_tutorial_writes_its_files_and_prints_the_table(tutorial_out):
+    out, stdout, _ = tutorial_out
+    results = json.loads((out / "results.json").read_text())
+    assert list(results["models"]) == ["gru_as_printed", "gru", "xlnet_mlm"]
+    for name, entry in results["models"].items():
+        value = entry["windows"][-1]["metrics"]["ndcg_at_20"]
+        assert re.search(rf"{re.escape(models.KINDS[name].title)} .*{value:.4f}", stdout)
+    assert "Most popular items" in stdout
+    assert str(out / "report.html") in stdout
+    assert (out / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert max(map(len, stdout.splitlines()[:-2])) <= 80
+    text = (out / "results.txt").read_text()
+    number = r"\d+\.\d+(e-\d+)?"
+    block = "".join(
+        rf"next-item/{m}:{number}\n"
+        for m in ("ndcg_at_10", "ndcg_at_20", "recall_at_10", "recall_at_20")
+    )
+    titles = (models.KINDS[n].results_title for n in results["models"])
+    assert re.fullmatch("\n".join(f"{t}\n{block}" for t in titles), text)
+
+
+def test_tutorial_without_side_features_says_what_it_leaves_out(tutorial_out):
+    out, _, stderr = tutorial_out
+    note = " ".join(stderr.split())
+    assert "XLNet-MLM with side information is left out: it also reads category_id, brand" in note
+    left_out = json.loads((out / "results.json").read_text())["left_out"]
+    assert list(left_out) == ["xlnet_mlm_side"]
+
+
+def test_a_second_run_is_refused_resumed_or_overwritten(tutorial_out, events):
+    out = tutorial_out[0]
+    arguments = ["tutorial", events, "--map", "session=SessionId,item=ItemId,time=Time"]
+    arguments += ["--out", out, *SMALL]
+    _, stderr = ran(*arguments, code=1)
+    assert "--resume goes on with it, --overwrite replaces it" in stderr
+    before = json.loads((out / "results.json").read_text())["models"]
+    ran(*arguments, "--resume")
+    assert json.loads((out / "results.json").read_text())["models"] == before
+    _, stderr = ran(*arguments, "--resume", "--seed", 5, code=1)
+    assert "seed was 0 and is 5 now" in stderr
+
+
+def test_evaluate_repeats_the_numbers_of_the_run(tutorial_out):
+    out = tutorial_out[0]
+    results = json.loads((out / "results.json").read_text())
+    last = results["models"]["xlnet_mlm"]["windows"][-1]
+    text = shown("evaluate", out / "models" / "xlnet_mlm", out / "data", "--window", 3)
+    assert f"{last['metrics']['recall_at_20']:.4f}" in text
+    assert f"{last['eval_loss']:.4f}" in text
+
+
+def test_recommend_gives_items_of_the_events(tutorial_out):
+    out = tutorial_out[0]
+    model = out / "models" / "gru"
+    text = shown("recommend", model, "--items", "item7,item8", "-k", 5)
+    found = re.findall(r"item\d+", text)
+    assert len(found) == len(set(found)) == 5
+    seen = shown("recommend", model, "--items", "item7,item8", "-k", 35, "--exclude-seen")
+    found = re.findall(r"item\d+", seen)
+    assert len(set(found)) == 35
+    assert not {"item7", "item8"} & set(found)
+    _, stderr = ran("recommend", model, "--items", "item7,itemX", "-k", 3)
+    assert "never seen in training: itemX" in stderr
+    _, stderr = ran("recommend", model, "--items", "itemX", code=1)
+    assert "knows none of the items itemX" in stderr
+
+
+def test_recommend_answers_every_session_of_a_file(tutorial_out, tmp_path):
+    out = tutorial_out[0]
+    path = tmp_path / "new.csv"
+    path.write_text(
+        "SessionId,ItemId,Time\n"
+        "a,item5,2024-05-09 10:00:00\na,item6,2024-05-09 10:00:05\nb,item9,2024-05-09 11:00:00\n"
+    )
+    text = shown("recommend", out / "models" / "gru", "--sessions", path, "-k", 2)
+    assert re.search(r"^ *a +1 +item", text, re.MULTILINE)
+    assert re.search(r"^ *b +1 +item", text, re.MULTILINE)
+    assert len(re.findall(r"item\d+", text)) == 4
+    valid = out / "data" / "sessions_by_day" / "3" / "valid.parquet"
+    text = shown("recommend", out / "models" / "gru", "--sessions", valid, "-k", 1)
+    assert len(re.findall(r"item\d+", text)) == pl.read_parquet(valid).height
+
+
+def test_train_on_some_windows(tmp_path):
+    windows = {w: {"train": walks(w, 40, 23), "valid": walks(w, 9, 23)} for w in (1, 2, 3, 4)}
+    folder = write_windows(tmp_path / "data", windows, 23)
+    out = tmp_path / "run"
+    shown("train", folder, "--model", "gru", "--windows", "2-3", "--out", out, *SMALL)
+    results = json.loads((out / "results.json").read_text())
+    records = results["models"]["gru"]["windows"]
+    assert [(r["train_window"], r["eval_window"]) for r in records] == [(2, 3), (3, 4)]
+    assert (out / "models" / "gru" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tutorial", "nowhere.csv", "--out", "OUT"], "nowhere.csv"),
+        (["tutorial", "nowhere.csv", "--out", "OUT", "--models", "lstm"], "no model 'lstm'"),
+        (["tutorial", "nowhere.csv", "--out", "OUT", "--compat", "0.2"], "0.1, 23.12"),
+        (["tutorial", "nowhere.csv", "--out", "OUT", "--epochs", "0"], "epochs must be at least 1"),
+        (["tutorial", "nowhere.csv", "--out", "OUT", "--dropout", "1"], "dropout must be"),
+        (["train", "nowhere", "--out", "OUT"], "nowhere: no such folder"),
+        (["train", "DATA", "--out", "OUT", "--windows", "a-b"], "--windows: give a window"),
+        (["train", "DATA", "--out", "OUT", "--windows", "7"], "none of windows 7 to 7"),
+        (["train", "DATA", "--out", "OUT", "--model", "xlnet_mlm_side"], "no category_id, brand"),
+        (["train", "DATA", "--out", "OUT", "--d-model", "30"], "multiple of the 4 attention"),
+        (["train", "DATA", "--out", "DATA"], "is not empty and holds no run.json of ours"),
+        (["evaluate", "DATA", "DATA", "--window", "1"], "is no saved model"),
+        (["recommend", "DATA", "--items", "1", "--sessions", "x.csv"], "give either --items"),
+        (["recommend", "DATA"], "give either --items"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_status_1(arguments, message, tmp_path, monkeypatch, capfd):
+    from t4r_fast import cli, compat
+
+    write_windows(tmp_path / "DATA", {w: {"train": [[3, 4]], "valid": [[3, 4]]} for w in (1, 2)}, 9)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compat, "_level", None)
+    monkeypatch.setattr(sys, "argv", ["t4r-fast", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    stderr = capfd.readouterr().err
+    lines = [line for line in stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in stderr
+    assert not Path("OUT/results.json").exists()
+
+
+def test_debug_shows_the_traceback():
+    _, stderr = ran("--debug", "train", "nowhere", "--out", "x", code=1)
+    assert "Traceback" in stderr
+    assert "error: nowhere: no such folder" in stderr
+
+
+def test_an_unknown_option_is_a_usage_error():
+    _, stderr = ran("train", "--such-option", code=2)
+    assert "--such-option" in stderr
+
+
+def test_an_interrupt_is_status_130():
+    script = (
+        "import t4r_fast.cli as cli\n"
+        "def stop(): raise KeyboardInterrupt\n"
+        "cli.app.command('stop')(stop)\n"
+        "import sys; sys.argv = ['t4r-fast', 'stop']\ncli.main()"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 130
