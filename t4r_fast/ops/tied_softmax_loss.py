@@ -53,7 +53,7 @@ def tied_softmax_loss(
     A row that is skipped or whose target is ignore_index has loss 0 and lse 0 and is not counted.
     The mean of no rows is nan, as in PyTorch. Differentiable once in hidden, items and bias, also
     through lse; sums are float32 for 16-bit inputs. Memory beyond outputs and gradients: O(N D) and
-    a few chunks of 64 MB. Raises ValueError or TypeError on shapes, dtypes and options out of
+    a few chunks of 16 MiB. Raises ValueError or TypeError on shapes, dtypes and options out of
     range, IndexError on a target or row out of range.
     Source: Wijmans et al., "Cut Your Losses", arXiv 2411.09009. Replaces
     transformers4rec.torch.model.prediction_task._NextItemPredictionTask + CrossEntropyLoss.
