@@ -72,10 +72,14 @@ def _header(results: dict) -> str:
     return (
         f"<header><h1>{escape(_title(results))}</h1><p class='lead'>"
         f"{data['sessions']:,} sessions over {data['items']:,} items in {len(data['windows'])}"
-        f" windows of {escape(data['window'])}. Best on the last window:"
+        f" windows of {_duration(data['window'])}. Best on the last window:"
         f" <strong>{escape(_row_title(best))}</strong>, NDCG@20"
         f" <strong>{last['metrics']['ndcg_at_20']:.4f}</strong>{beside}.</p></header>"
     )
+
+
+def _duration(window: str) -> str:
+    return "one day" if window == "day" else escape(window)
 
 
 def _table(head: list[str], rows: list[str]) -> str:

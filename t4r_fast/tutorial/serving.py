@@ -31,7 +31,7 @@ def evaluate(
     returns  {"loss", "metrics": {"ndcg_at_10", ...}, "sessions", "seconds"}
     """
     from t4r_fast.config.trainer import T4RecTrainingArguments
-    from t4r_fast.torch.trainer import Trainer
+    from t4r_fast.torch import Trainer
 
     if split not in SPLITS:
         raise InputError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")

@@ -20,7 +20,7 @@ from t4r_fast.tutorial.sessions import SessionData, WindowPair
 from t4r_fast.tutorial.state import ModelState
 
 if TYPE_CHECKING:
-    from t4r_fast.torch.trainer import Trainer
+    from t4r_fast.torch import Trainer
 
 CURVE_POINTS = 40
 LOGGING_STEPS = 200
@@ -147,7 +147,7 @@ class _Run:
         from transformers import PrinterCallback
 
         from t4r_fast.config.trainer import T4RecTrainingArguments
-        from t4r_fast.torch.trainer import Trainer
+        from t4r_fast.torch import Trainer
 
         o = self.options
         arguments = T4RecTrainingArguments(
