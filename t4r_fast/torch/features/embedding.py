@@ -41,8 +41,8 @@ class SequenceEmbeddingFeatures(nn.Module):
 
     feature_config  feature name -> FeatureConfig
     item_id         the feature that holds the item ids
-    padding_idx     the id of padding. As in the reference its row is initialised, used and trained
-                    like any other.
+    padding_idx     the id of padding. As in the reference its row is initialised and read like any
+                    other; the lookup does not train it, the softmax over all items does.
     """
 
     def __init__(
