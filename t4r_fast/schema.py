@@ -451,6 +451,9 @@ def _column_from_message(message: dict, origin: str) -> ColumnSchema:
         column.value_count = ValueCount(int(_one(m, "min", 0)), int(_one(m, "max", 0)))
     if (m := _one(message, "annotation")) is not None:
         column.tags = [_tag(t) for t in m.get("tag", [])]
+        if "id" in column.tags:  # merlin-core writes the tag item_id as two, item and id
+            both = [f"{t}_id" for t in column.tags if t in ("item", "user", "session")]
+            column.tags += [t for t in both if t not in column.tags]
         for extra in m.get("extra_metadata", []):
             column.properties.update({k: v[-1] for k, v in extra.items()})
     return column

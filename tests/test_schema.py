@@ -113,3 +113,12 @@ def test_cardinality_needs_a_domain():
 def test_embedding_sizes():
     schema = Schema([ColumnSchema.create_categorical("a", 9999)])
     assert embedding_sizes(schema) == {"a": 20}
+
+
+def test_item_and_id_tags_of_merlin_core_are_the_item_id():
+    text = """
+    feature { name: "sku" type: INT int_domain { max: 9 is_categorical: true }
+              annotation { tag: "categorical" tag: "item" tag: "id" } }
+    feature { name: "shop" type: INT annotation { tag: "item" tag: "categorical" } }
+    """
+    assert Schema().from_proto_text(text).item_id_column_name == "sku"
