@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 
-.PHONY: setup build test test-fast lint check fmt demo doctor clean
+.PHONY: setup build test test-fast lint check fmt demo doctor bench bench-table bench-micro bench-t4rec clean
 
 setup: $(VENV)/.installed
 
@@ -55,6 +55,20 @@ fmt: setup
 
 doctor: setup
 	$(BIN)/t4r-fast doctor
+
+# make bench [OP="tied_softmax_loss item_topk"] [ARGS="--quick"]; docs/benchmarks.md says more.
+bench: setup
+	$(BIN)/t4r-fast bench $(OP) $(ARGS)
+
+bench-table: setup
+	$(BIN)/t4r-fast bench --table
+
+bench-micro: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks --benchmark-enable $(ARGS)
+
+# Against the real Transformers4Rec, whose environment it makes unless T4R_PEER_PYTHON names one.
+bench-t4rec: setup
+	$(BIN)/python benchmarks/against_t4rec.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info t4r_fast/*.so

@@ -32,7 +32,7 @@ DTYPES = {
 }
 BUDGETS = {
     "quick": Budget(seconds=0.6, least=3, most=9),
-    "standard": Budget(seconds=2.5, least=5, most=25, patience=4.0),
+    "standard": Budget(seconds=2.0, least=3, most=25, patience=4.0),
     "full": Budget(seconds=6.0, least=7, most=51, patience=10.0),
 }
 
@@ -135,7 +135,7 @@ class _Run:
         calls: dict[str, Call] = {}
         trouble: dict[str, tuple[str, str]] = {}
         plain = None
-        providers = [p for p in self.benchmark.providers if p.takes(self.case)]
+        providers = [p for p in self.benchmark.providers if self._takes(p)]
         # The baseline's rounding is the yardstick for ours, so it comes first.
         for provider in sorted(providers, key=lambda p: p.ours):
             status, reason = self._prepare(provider, calls, plain)
@@ -154,9 +154,11 @@ class _Run:
             for p in providers
         ]
 
+    def _takes(self, provider: Provider) -> bool:
+        among = self.options.set == "full" or (self.options.set == "standard" and self.case.wide)
+        return provider.takes(self.case) and (among or not provider.slow)
+
     def _prepare(self, provider: Provider, calls: dict[str, Call], plain: Any) -> tuple[str, str]:
-        if provider.slow and self.options.set == "quick":
-            return "missing", "left out by --quick"
         try:
             call = provider.make(self.case)
             if self.true is not None:

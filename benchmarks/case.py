@@ -85,7 +85,7 @@ class Provider:
     make      makes the call for a case, at the thread count that is set; raises Missing where it
               cannot
     ours      checked against float64 as strictly as the tests do
-    slow      takes tens of seconds, say to compile; `--quick` leaves it out
+    slow      takes tens of seconds, say to compile: wide cases only, unless the run is "full"
     only      the cases it takes part in; None: all
     """
 

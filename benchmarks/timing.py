@@ -74,10 +74,13 @@ def time_in_turn(
 
     for name, call in calls.items():
         sample(name, call, 1)
-        once = wall[name][0] / 1e3
+        # one preemption would make a short call look long
+        while len(wall[name]) < 5 and sum(wall[name]) < 20:
+            sample(name, call, 1)
+        once = min(wall[name]) / 1e3
         repeats[name] = max(1, math.ceil(LEAST_SAMPLE_S / max(once, 1e-9)))
         wanted[name] = budget.samples(once * repeats[name])
-        if wanted[name] > 1:  # this one was to find the number; a slow call keeps it
+        if wanted[name] > 1:  # these were to find the number; a slow call keeps its one
             cpu[name].clear()
             wall[name].clear()
         else:
