@@ -39,6 +39,9 @@ Layers = Annotated[
 ]
 Heads = Annotated[int, typer.Option("--heads", help="Attention heads of XLNet.")]
 ItemDim = Annotated[int, typer.Option(help="Width of the embedding tables.")]
+EmbeddingStd = Annotated[
+    float, typer.Option(help="Deviation of fresh embeddings; .3 learns faster on little data.")
+]
 Dropout = Annotated[float, typer.Option(help="Dropout of XLNet.")]
 Length = Annotated[int, typer.Option("--max-length", help="Longest session; the last items stay.")]
 Seed = Annotated[int, typer.Option(help="Seed of split, weights, order, masks and dropout.")]
@@ -88,16 +91,17 @@ def demo(
     from t4r_fast.tutorial.run import run_etl, train_and_report
 
     _quiet()
-    size = dataclasses.replace(QUICK if quick else DEMO, seed=seed)
+    size = (QUICK if quick else DEMO).with_seed(seed)
     options = {"command": "demo", **dataclasses.asdict(size)}
     state.open_output(out, options, resume=resume, overwrite=overwrite)
     with RichProgress() as progress:
         events = make_events(size, out, progress)
-        data = run_etl([events], out, window="day", seed=seed, progress=progress)
+        length = size.training.max_sequence_length
+        data = run_etl([events], out, window="day", max_length=length, seed=seed, progress=progress)
         found = train_and_report(
             data,
             out,
-            size.training(),
+            size.training,
             title="made-up shop events",
             window="day",
             command=_command(),
@@ -135,6 +139,7 @@ def tutorial(
     layers: Layers = None,
     heads: Heads = 4,
     item_dim: ItemDim = 64,
+    embedding_std: EmbeddingStd = 0.05,
     dropout: Dropout = 0.3,
     max_length: Length = 20,
     seed: Seed = 0,
@@ -163,6 +168,7 @@ def tutorial(
         n_layer=layers,
         n_head=heads,
         item_dim=item_dim,
+        embedding_std=embedding_std,
         dropout=dropout,
         max_sequence_length=max_length,
         seed=seed,
@@ -217,6 +223,7 @@ def train(
     layers: Layers = None,
     heads: Heads = 4,
     item_dim: ItemDim = 64,
+    embedding_std: EmbeddingStd = 0.05,
     dropout: Dropout = 0.3,
     max_length: Length = 20,
     seed: Seed = 0,
@@ -245,6 +252,7 @@ def train(
         n_layer=layers,
         n_head=heads,
         item_dim=item_dim,
+        embedding_std=embedding_std,
         dropout=dropout,
         max_sequence_length=max_length,
         seed=seed,
@@ -443,7 +451,7 @@ def _show(found: dict, out: Path) -> None:
 
     table = Table(title="Last window", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("Model", no_wrap=True)
-    for heading in (*METRIC_TITLES.values(), "vs pop."):
+    for heading in ("NDCG@10", "NDCG@20", "Rec.@10", "Rec.@20", "vs pop."):
         table.add_column(heading, justify="right")
     for part in ("models", "baselines"):
         for name, entry in found[part].items():

@@ -14,34 +14,33 @@ class DemoSize:
     """Size of the shop, and the training options in which its models learn.
 
     items, days, sessions_per_day  of the shop; sessions of one event included
-    epochs ... seed                see TrainingOptions
+    training                       what differs from the tutorial: its settings need some hundred
+                                   thousand sessions before XLNet beats the most popular items
     """
 
     items: int
     days: int
     sessions_per_day: int
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    eval_batch_size: int = 32
-    seed: int = 0
+    training: TrainingOptions
 
-    def training(self) -> TrainingOptions:
-        return TrainingOptions(
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            eval_batch_size=self.eval_batch_size,
-            learning_rate=self.learning_rate,
-            seed=self.seed,
-        )
+    def with_seed(self, seed: int) -> DemoSize:
+        return dataclasses.replace(self, training=dataclasses.replace(self.training, seed=seed))
 
 
-DEMO = DemoSize(
-    items=1_000, days=4, sessions_per_day=9_000, epochs=5, batch_size=64, learning_rate=0.001
+# Embeddings that start at .05, as the tutorial's, keep item-only XLNet at popularity for the first
+# 600 steps; from .3 it is there in 100 (measured on 500 items, batch 128). Width 64 and 12 items a
+# session make a step three times cheaper on a CPU than 192 and 20.
+_TRAINING = TrainingOptions(
+    epochs=6,
+    batch_size=128,
+    learning_rate=0.004,
+    embedding_std=0.3,
+    d_model=64,
+    dropout=0.1,
+    max_sequence_length=12,
 )
-QUICK = DemoSize(
-    items=300, days=3, sessions_per_day=2_500, epochs=3, batch_size=64, learning_rate=0.001
-)
+DEMO = DemoSize(items=600, days=4, sessions_per_day=12_000, training=_TRAINING)
+QUICK = DemoSize(items=500, days=3, sessions_per_day=6_000, training=_TRAINING)
 
 
 def make_events(size: DemoSize, out: Path, progress: Progress | None = None) -> Path:
@@ -66,7 +65,7 @@ def make_events(size: DemoSize, out: Path, progress: Progress | None = None) -> 
         sessions_per_day=size.sessions_per_day,
         days=size.days,
         items=size.items,
-        seed=size.seed,
+        seed=size.training.seed,
         progress=tell,
     )
     progress.finish(step, f"{made.events:,} events")

@@ -136,6 +136,7 @@ def build(
     n_head: int = 4,
     n_layer: int | None = None,
     item_dim: int = 64,
+    embedding_std: float = 0.05,
     dropout: float = 0.3,
     max_sequence_length: int = 20,
 ) -> Model:
@@ -147,6 +148,8 @@ def build(
     n_head               attention heads of XLNet; d_model must be a multiple
     n_layer              layers of the body; None: 1 for a GRU, 2 for an XLNet
     item_dim             width of the embedding tables, and so of the tied softmax
+    embedding_std        deviation of fresh embeddings; the reference's .05 learns slowly on little
+                         data, since the scores of a tied softmax start near zero and must grow
     dropout              of XLNet, 0 <= dropout < 1; a GRU has none, as in the tutorial
     max_sequence_length  L
 
@@ -159,8 +162,9 @@ def build(
     width = d_model or kind.d_model
     layers = n_layer or kind.n_layer
     columns = schema.select_by_name(feature_columns(name, schema))
+    tables = _tables(columns, item_dim, embedding_std)
     if kind.body == "gru":
-        inputs, body = _gru_body(name, columns, width, layers, item_dim, max_sequence_length)
+        inputs, body = _gru_body(name, columns, width, layers, max_sequence_length, tables)
     else:
         if width % n_head:
             raise InputError(
@@ -172,7 +176,7 @@ def build(
             aggregation="concat",
             d_output=width,
             masking="mlm",
-            embedding_dim_default=item_dim,
+            **tables,
         )
         config = tr.XLNetConfig.build(
             d_model=width,
@@ -189,7 +193,18 @@ def build(
     return tr.Model(tr.Head(body, task, inputs=inputs))
 
 
-def _gru_body(name: str, columns: Schema, width: int, layers: int, item_dim: int, length: int):
+def _tables(columns: Schema, width: int, std: float) -> dict:
+    """Arguments for the embedding tables: their width and how they start."""
+    import functools
+
+    import torch
+
+    start = functools.partial(torch.nn.init.normal_, mean=0.0, std=std)
+    names = [c.name for c in columns if c.is_categorical]
+    return {"embedding_dim_default": width, "embeddings_initializers": dict.fromkeys(names, start)}
+
+
+def _gru_body(name: str, columns: Schema, width: int, layers: int, length: int, tables: dict):
     import torch
 
     import t4r_fast.torch as tr
@@ -201,7 +216,7 @@ def _gru_body(name: str, columns: Schema, width: int, layers: int, item_dim: int
         columns,
         max_sequence_length=length,
         masking="causal",
-        embedding_dim_default=item_dim,
+        **tables,
         **masking,
     )
     gru = torch.nn.GRU(width, width, num_layers=layers, batch_first=over_time)

@@ -37,6 +37,7 @@ class TrainingOptions:
     d_model, n_layer    width and layers of the body; None: the tutorial's
     n_head              attention heads of XLNet
     item_dim            width of the embedding tables
+    embedding_std       deviation of fresh embeddings, > 0
     dropout             of XLNet
     max_sequence_length L; longer sessions keep their last items
     seed                of weights, order of sessions, masks and dropout
@@ -51,6 +52,7 @@ class TrainingOptions:
     n_layer: int | None = None
     n_head: int = 4
     item_dim: int = 64
+    embedding_std: float = 0.05
     dropout: float = 0.3
     max_sequence_length: int = 20
     seed: int = 0
@@ -68,6 +70,8 @@ class TrainingOptions:
             raise InputError(f"checkpoint_steps must be at least 1; got {self.checkpoint_steps}")
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise InputError(f"learning_rate must be above 0; got {self.learning_rate}")
+        if not self.embedding_std > 0:
+            raise InputError(f"embedding_std must be above 0; got {self.embedding_std}")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout must be at least 0 and below 1; got {self.dropout}")
 
@@ -78,6 +82,7 @@ class TrainingOptions:
             "n_head": self.n_head,
             "n_layer": self.n_layer,
             "item_dim": self.item_dim,
+            "embedding_std": self.embedding_std,
             "dropout": self.dropout,
             "max_sequence_length": self.max_sequence_length,
         }
