@@ -168,7 +168,7 @@ def test_results_text_has_the_format_of_the_tutorial():
 
 
 def test_ticks_are_round_and_cover_the_range():
-    assert charts.nice_ticks(0.0, 0.1051) == [0, 0.05, 0.1, 0.15]
+    assert charts.nice_ticks(0.0, 0.1051) == [0, 0.025, 0.05, 0.075, 0.1, 0.125]
     assert charts.nice_ticks(6.2, 9.9) == [6, 7, 8, 9, 10]
     for low, high in [(0.0, 1e-7), (0.0, 0.0), (5.0, 5.0), (-2.0, 3.0), (0, 123456)]:
         ticks = charts.nice_ticks(low, high)

@@ -28,7 +28,7 @@ def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
         high = low + (abs(low) or 1.0)
     raw = (high - low) / max(wanted - 1, 1)
     scale = 10.0 ** math.floor(math.log10(raw))
-    step = next(s * scale for s in (1, 2, 2.5, 5, 10) if s * scale >= raw * (1 - 1e-9))
+    step = next(s * scale for s in (1, 2, 2.5, 5, 10) if s * scale >= 0.8 * raw)
     first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
     return [round(i * step, 10) for i in range(first, last + 1)]
