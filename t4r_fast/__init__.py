@@ -19,11 +19,17 @@ if TYPE_CHECKING:
     from t4r_fast.ops.mask_causal import mask_causal
     from t4r_fast.ops.mask_mlm import mask_mlm
     from t4r_fast.ops.ranking_metrics import ranking_metrics
+    from t4r_fast.ops.sampled_softmax_loss import (
+        PopularityTable,
+        popularity_table,
+        sampled_softmax_loss,
+    )
     from t4r_fast.ops.sequence_embedding import sequence_embedding
     from t4r_fast.ops.target_rank import target_rank
     from t4r_fast.ops.tied_softmax_loss import tied_softmax_loss
 
 __all__ = [
+    "PopularityTable",
     "__version__",
     "backend",
     "get_compat",
@@ -32,7 +38,9 @@ __all__ = [
     "log_uniform_sample",
     "mask_causal",
     "mask_mlm",
+    "popularity_table",
     "ranking_metrics",
+    "sampled_softmax_loss",
     "sequence_embedding",
     "set_compat",
     "target_rank",
@@ -42,7 +50,11 @@ __all__ = [
 
 # An op is imported when it is first asked for: importing torch takes seconds, and
 # `t4r-fast --help` and the ETL do without it.
-_MODULES = {"log_uniform_log_prob": "log_uniform_sample"}
+_MODULES = {
+    "PopularityTable": "sampled_softmax_loss",
+    "log_uniform_log_prob": "log_uniform_sample",
+    "popularity_table": "sampled_softmax_loss",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -185,5 +185,6 @@ class LargestTensor(TorchDispatchMode):
         self.calls.add(func.overloadpacket.__name__)
         for value in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(value, Tensor):
-                self.elements = max(self.elements, value.numel())
+                stored = value._values() if value.is_sparse else value
+                self.elements = max(self.elements, stored.numel())
         return out

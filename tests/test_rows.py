@@ -24,6 +24,7 @@ ROWS_WITHOUT = {
         "mask_causal": LATER,
         "mask_mlm": LATER,
         "ranking_metrics": "a few elementwise operations on (N, len(ks)): nothing to gain",
+        "sampled_softmax_loss": LATER,
         "sequence_embedding": LATER,
         "target_rank": LATER,
         "tied_softmax_loss": LATER,

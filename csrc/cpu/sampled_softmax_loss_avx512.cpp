@@ -1,0 +1,12 @@
+#include "simd_avx512.h"
+// The vector unit comes first.
+#include "sampled_softmax_loss_kernel.h"
+
+namespace t4r_fast {
+
+extern const SampledKernels<float> sampled_softmax_loss_f32_avx512;
+extern const SampledKernels<double> sampled_softmax_loss_f64_avx512;
+const SampledKernels<float> sampled_softmax_loss_f32_avx512 = sampled_kernels<F32>();
+const SampledKernels<double> sampled_softmax_loss_f64_avx512 = sampled_kernels<F64>();
+
+}  // namespace t4r_fast

@@ -1,0 +1,101 @@
+// Vectors of 32 bytes, AVX2 and FMA.
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+
+#include "exp_coefficients.h"
+
+namespace {
+
+struct F32 {
+  using T = float;
+  using V = __m256;
+  using M = __m256;
+  static constexpr int L = 8;
+  static constexpr int kWide = 2;  // 6 x 2 accumulators, 2 of B, 1 of A: 15 of 16 registers
+
+  static V load(const T* p) { return _mm256_loadu_ps(p); }
+  static void store(T* p, V v) { _mm256_storeu_ps(p, v); }
+  static void stream(T* p, V v) { _mm256_stream_ps(p, v); }
+  static void fence() { _mm_sfence(); }
+  static V set1(T x) { return _mm256_set1_ps(x); }
+  static V zero() { return _mm256_setzero_ps(); }
+  static V add(V a, V b) { return _mm256_add_ps(a, b); }
+  static V sub(V a, V b) { return _mm256_sub_ps(a, b); }
+  static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+  static V div(V a, V b) { return _mm256_div_ps(a, b); }
+  static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  static V max(V a, V b) { return _mm256_max_ps(a, b); }  // b where one is nan
+  static M greater(V a, V b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
+  static M not_less_equal(V a, V b) { return _mm256_cmp_ps(a, b, _CMP_NLE_UQ); }
+  static M equal(V a, V b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+  static V select(M m, V a, V b) { return _mm256_blendv_ps(b, a, m); }
+  static uint32_t bits(M m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
+
+  static T sum(V v) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+  }
+
+  static V exp(V x) {
+    using E = ExpCoefficients<T>;
+    const V shifted = fma(x, set1(E::log2e), set1(E::round));
+    const V n = sub(shifted, set1(E::round));
+    V r = _mm256_fnmadd_ps(n, set1(E::ln2_high), x);
+    r = _mm256_fnmadd_ps(n, set1(E::ln2_low), r);
+    V p = set1(E::c[0]);
+#pragma GCC unroll 16
+    for (int i = 1; i < E::kTerms; ++i) p = fma(p, r, set1(E::c[i]));
+    p = mul(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23)));
+    // 0 below the least normal number, also where r is inf - inf
+    return _mm256_and_ps(p, _mm256_cmp_ps(x, set1(E::least), _CMP_NLT_UQ));
+  }
+};
+
+struct F64 {
+  using T = double;
+  using V = __m256d;
+  using M = __m256d;
+  static constexpr int L = 4;
+  static constexpr int kWide = 2;
+
+  static V load(const T* p) { return _mm256_loadu_pd(p); }
+  static void store(T* p, V v) { _mm256_storeu_pd(p, v); }
+  static void stream(T* p, V v) { _mm256_stream_pd(p, v); }
+  static void fence() { _mm_sfence(); }
+  static V set1(T x) { return _mm256_set1_pd(x); }
+  static V zero() { return _mm256_setzero_pd(); }
+  static V add(V a, V b) { return _mm256_add_pd(a, b); }
+  static V sub(V a, V b) { return _mm256_sub_pd(a, b); }
+  static V mul(V a, V b) { return _mm256_mul_pd(a, b); }
+  static V div(V a, V b) { return _mm256_div_pd(a, b); }
+  static V fma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
+  static V max(V a, V b) { return _mm256_max_pd(a, b); }
+  static M greater(V a, V b) { return _mm256_cmp_pd(a, b, _CMP_GT_OQ); }
+  static M not_less_equal(V a, V b) { return _mm256_cmp_pd(a, b, _CMP_NLE_UQ); }
+  static M equal(V a, V b) { return _mm256_cmp_pd(a, b, _CMP_EQ_OQ); }
+  static V select(M m, V a, V b) { return _mm256_blendv_pd(b, a, m); }
+  static uint32_t bits(M m) { return static_cast<uint32_t>(_mm256_movemask_pd(m)); }
+
+  static T sum(V v) {
+    const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
+  }
+
+  static V exp(V x) {
+    using E = ExpCoefficients<T>;
+    const V shifted = fma(x, set1(E::log2e), set1(E::round));
+    const V n = sub(shifted, set1(E::round));
+    V r = _mm256_fnmadd_pd(n, set1(E::ln2_high), x);
+    r = _mm256_fnmadd_pd(n, set1(E::ln2_low), r);
+    V p = set1(E::c[0]);
+#pragma GCC unroll 16
+    for (int i = 1; i < E::kTerms; ++i) p = fma(p, r, set1(E::c[i]));
+    p = mul(p, _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(shifted), 52)));
+    return _mm256_and_pd(p, _mm256_cmp_pd(x, set1(E::least), _CMP_NLT_UQ));
+  }
+};
+
+}  // namespace

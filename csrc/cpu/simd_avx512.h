@@ -1,0 +1,91 @@
+// Vectors of 64 bytes, AVX-512 F, BW, VL, DQ.
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+
+#include "exp_coefficients.h"
+
+namespace {
+
+struct F32 {
+  using T = float;
+  using V = __m512;
+  using M = __mmask16;
+  static constexpr int L = 16;
+  static constexpr int kWide = 3;  // 8 x 3 accumulators, 3 of B, 1 of A: 28 of 32 registers
+
+  static V load(const T* p) { return _mm512_loadu_ps(p); }
+  static void store(T* p, V v) { _mm512_storeu_ps(p, v); }
+  static void stream(T* p, V v) { _mm512_stream_ps(p, v); }
+  static void fence() { _mm_sfence(); }
+  static V set1(T x) { return _mm512_set1_ps(x); }
+  static V zero() { return _mm512_setzero_ps(); }
+  static V add(V a, V b) { return _mm512_add_ps(a, b); }
+  static V sub(V a, V b) { return _mm512_sub_ps(a, b); }
+  static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+  static V div(V a, V b) { return _mm512_div_ps(a, b); }
+  static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+  static V max(V a, V b) { return _mm512_max_ps(a, b); }  // b where one is nan
+  static M greater(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+  static M not_less_equal(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
+  static M equal(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+  static V select(M m, V a, V b) { return _mm512_mask_blend_ps(m, b, a); }
+  static uint32_t bits(M m) { return m; }
+
+  static T sum(V v) { return _mm512_reduce_add_ps(v); }
+
+  static V exp(V x) {
+    using E = ExpCoefficients<T>;
+    x = max(set1(E::zero), x);  // -inf - -inf is nan below; a nan in x stays
+    const V n = _mm512_roundscale_ps(mul(x, set1(E::log2e)), 8);
+    V r = _mm512_fnmadd_ps(n, set1(E::ln2_high), x);
+    r = _mm512_fnmadd_ps(n, set1(E::ln2_low), r);
+    V p = set1(E::c[0]);
+#pragma GCC unroll 16
+    for (int i = 1; i < E::kTerms; ++i) p = fma(p, r, set1(E::c[i]));
+    return _mm512_scalef_ps(p, n);
+  }
+};
+
+struct F64 {
+  using T = double;
+  using V = __m512d;
+  using M = __mmask8;
+  static constexpr int L = 8;
+  static constexpr int kWide = 3;
+
+  static V load(const T* p) { return _mm512_loadu_pd(p); }
+  static void store(T* p, V v) { _mm512_storeu_pd(p, v); }
+  static void stream(T* p, V v) { _mm512_stream_pd(p, v); }
+  static void fence() { _mm_sfence(); }
+  static V set1(T x) { return _mm512_set1_pd(x); }
+  static V zero() { return _mm512_setzero_pd(); }
+  static V add(V a, V b) { return _mm512_add_pd(a, b); }
+  static V sub(V a, V b) { return _mm512_sub_pd(a, b); }
+  static V mul(V a, V b) { return _mm512_mul_pd(a, b); }
+  static V div(V a, V b) { return _mm512_div_pd(a, b); }
+  static V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
+  static V max(V a, V b) { return _mm512_max_pd(a, b); }
+  static M greater(V a, V b) { return _mm512_cmp_pd_mask(a, b, _CMP_GT_OQ); }
+  static M not_less_equal(V a, V b) { return _mm512_cmp_pd_mask(a, b, _CMP_NLE_UQ); }
+  static M equal(V a, V b) { return _mm512_cmp_pd_mask(a, b, _CMP_EQ_OQ); }
+  static V select(M m, V a, V b) { return _mm512_mask_blend_pd(m, b, a); }
+  static uint32_t bits(M m) { return m; }
+
+  static T sum(V v) { return _mm512_reduce_add_pd(v); }
+
+  static V exp(V x) {
+    using E = ExpCoefficients<T>;
+    x = max(set1(E::zero), x);
+    const V n = _mm512_roundscale_pd(mul(x, set1(E::log2e)), 8);
+    V r = _mm512_fnmadd_pd(n, set1(E::ln2_high), x);
+    r = _mm512_fnmadd_pd(n, set1(E::ln2_low), r);
+    V p = set1(E::c[0]);
+#pragma GCC unroll 16
+    for (int i = 1; i < E::kTerms; ++i) p = fma(p, r, set1(E::c[i]));
+    return _mm512_scalef_pd(p, n);
+  }
+};
+
+}  // namespace

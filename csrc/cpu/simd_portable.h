@@ -1,0 +1,67 @@
+// Vectors of 16 bytes by the compiler's own vector types: for every CPU.
+#pragma once
+
+#include <stdint.h>
+
+#include "exp_coefficients.h"
+
+namespace {
+
+template <typename Scalar, typename Int, int kMantissa>
+struct PortableSimd {
+  using T = Scalar;
+  typedef T V __attribute__((vector_size(16)));
+  typedef Int I __attribute__((vector_size(16)));
+  using M = I;
+  static constexpr int L = 16 / sizeof(T);
+  // Tiles of scores (vectors of rows) x (items) and of products (vectors) x (rows): 12
+  // accumulators, 2 vectors of B and a broadcast of A fit into 16 registers.
+  static constexpr int kWide = 2;
+
+  static V load(const T* p) {
+    V v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static void store(T* p, V v) { __builtin_memcpy(p, &v, sizeof v); }
+  static void stream(T* p, V v) { store(p, v); }
+  static void fence() {}
+  static V set1(T x) { return x - V{}; }
+  static V zero() { return V{}; }
+  static V add(V a, V b) { return a + b; }
+  static V sub(V a, V b) { return a - b; }
+  static V mul(V a, V b) { return a * b; }
+  static V div(V a, V b) { return a / b; }
+  static V fma(V a, V b, V c) { return a * b + c; }
+  static V max(V a, V b) { return a > b ? a : b; }  // b where one is nan
+  static M greater(V a, V b) { return a > b; }
+  static M not_less_equal(V a, V b) { return ~(a <= b); }
+  static M equal(V a, V b) { return a == b; }
+  static V select(M m, V a, V b) { return m ? a : b; }
+  static uint32_t bits(M m) {
+    uint32_t out = 0;
+    for (int i = 0; i < L; ++i) out |= static_cast<uint32_t>(m[i] & 1) << i;
+    return out;
+  }
+  static T sum(V v) {
+    T total = v[0];
+    for (int i = 1; i < L; ++i) total += v[i];
+    return total;
+  }
+
+  static V exp(V x) {
+    using E = ExpCoefficients<T>;
+    const V shifted = fma(x, set1(E::log2e), set1(E::round));
+    const V n = shifted - set1(E::round);
+    const V r = (x - n * set1(E::ln2_high)) - n * set1(E::ln2_low);
+    V p = set1(E::c[0]);
+    for (int i = 1; i < E::kTerms; ++i) p = fma(p, r, set1(E::c[i]));
+    p *= (V)((I)shifted << kMantissa);
+    return (V)((I)p & ~(I)(x < set1(E::least)));  // also where r is inf - inf
+  }
+};
+
+using F32 = PortableSimd<float, int32_t, 23>;
+using F64 = PortableSimd<double, int64_t, 52>;
+
+}  // namespace
