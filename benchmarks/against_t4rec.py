@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from t4r_fast.cli.bench import find_checkout, load_benchmarks
 from t4r_fast.cli.console import notes
 from t4r_fast.errors import InputError
@@ -208,7 +210,9 @@ def main() -> int:
                         append([{**shared, **r} for r in records], options.out or results_file())
                         wrong += records[0]["status"] == "wrong"
     except InputError as error:
-        notes.print(f"[bold red]error:[/bold red] {error}", soft_wrap=True, highlight=False)
+        notes.print(
+            f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True, highlight=False
+        )
         return 1
     return 1 if wrong else 0
 

@@ -59,8 +59,8 @@ class Watch:
     """What the runner reports while it runs; every part may be left as it is."""
 
     started: Callable[[str, int], None] = lambda op, cases: None
-    advanced: Callable[[str], None] = lambda op: None
-    finished: Callable[[str, list[Record]], None] = lambda op, records: None
+    measured: Callable[[str, list[Record]], None] = lambda op, records: None
+    finished: Callable[[str], None] = lambda op: None
 
 
 def available() -> list[str]:
@@ -101,13 +101,12 @@ def run(ops: Sequence[str], options: Options, watch: Watch) -> list[Record]:
         for benchmark in benchmarks:
             cases = [case for case in benchmark.cases if included(case, options.set)]
             watch.started(benchmark.op, len(cases))
-            found: list[Record] = []
             for case in cases:
-                found += _Run(benchmark, case, options, floors).records()
-                watch.advanced(benchmark.op)
-            found = [{**shared, **record} for record in found]
-            watch.finished(benchmark.op, found)
-            records += found
+                found = _Run(benchmark, case, options, floors).records()
+                found = [{**shared, **record} for record in found]
+                watch.measured(benchmark.op, found)
+                records += found
+            watch.finished(benchmark.op)
     finally:
         torch.set_num_threads(previous)
     return records

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from t4r_fast.cli.console import RichProgress, notes, results
@@ -87,7 +88,8 @@ def bench(
     wrong = [record for record in records if record["status"] == "wrong" and record["ours"]]
     for record in wrong:
         notes.print(
-            f"[bold red]wrong:[/bold red] {record['op']} {record['case']}: {record['reason']}",
+            f"[bold red]wrong:[/bold red] {record['op']} {record['case']}:"
+            f" {escape(record['reason'])}",
             soft_wrap=True,
             highlight=False,
         )
@@ -145,14 +147,14 @@ def _watch(runner: ModuleType, progress: RichProgress, keep: Path | None) -> Any
     def started(op: str, cases: int) -> None:
         progress.start(op, cases)
 
-    def finished(op: str, records: list[dict[str, Any]]) -> None:
-        progress.finish(op)
+    def measured(op: str, records: list[dict[str, Any]]) -> None:
+        progress.advance(op)
         _show(op, records)
-        # at once: an interrupted run keeps the ops that are done
+        # at once: an interrupted run keeps the cases that are done
         if keep is not None:
             runner.append(records, keep)
 
-    return runner.Watch(started, lambda op: progress.advance(op), finished)
+    return runner.Watch(started, measured, lambda op: progress.finish(op))
 
 
 def _show(op: str, records: list[dict[str, Any]]) -> None:
@@ -190,7 +192,7 @@ def _show(op: str, records: list[dict[str, Any]]) -> None:
     for reason in dict.fromkeys(
         f"{record['provider']}: {record['reason']}" for record in records if "reason" in record
     ):
-        notes.print(f"[yellow]note:[/yellow] {op}, {reason}", soft_wrap=True, highlight=False)
+        notes.print(f"[yellow]note:[/yellow] {escape(reason)}", soft_wrap=True, highlight=False)
 
 
 def _write_tables() -> None:
