@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import polars as pl
 import pytest
 from session_files import walks, write_windows
-from typer.testing import CliRunner
 
-from t4r_fast.cli import app
+from t4r_fast import cli, compat
 from t4r_fast.tutorial import models
 
 COMMANDS = (
@@ -43,23 +45,27 @@ SMALL = [
     "--learning-rate",
     "0.01",
 ]
-START = "from t4r_fast.cli import main; main()"
 
 
 def ran(*arguments, code=0):
-    """Run in a process of its own, as a user does; returns (stdout, stderr)."""
-    done = subprocess.run(
-        [sys.executable, "-c", START, *map(str, arguments)], capture_output=True, text=True
-    )
-    assert done.returncode == code, done.stderr
-    return done.stdout, done.stderr
+    """Run the command line in this process, which has torch loaded; returns (stdout, stderr)."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+    ):
+        patch.setattr(sys, "argv", ["t4r-fast", *map(str, arguments)])
+        patch.setattr(warnings, "showwarning", warnings.showwarning)
+        patch.setattr(compat, "_level", None)
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+    assert (stopped.value.code or 0) == code, stderr.getvalue()
+    return stdout.getvalue(), stderr.getvalue()
 
 
 def shown(*arguments):
-    """Run in this process, which has torch loaded already; returns what it printed."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
+    return ran(*arguments)[0]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -217,17 +223,10 @@ def test_train_on_some_windows(tmp_path):
         (["recommend", "DATA"], "give either --items"),
     ],
 )
-def test_bad_input_ends_in_one_line_and_status_1(arguments, message, tmp_path, monkeypatch, capfd):
-    from t4r_fast import cli, compat
-
+def test_bad_input_ends_in_one_line_and_status_1(arguments, message, tmp_path, monkeypatch):
     write_windows(tmp_path / "DATA", {w: {"train": [[3, 4]], "valid": [[3, 4]]} for w in (1, 2)}, 9)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compat, "_level", None)
-    monkeypatch.setattr(sys, "argv", ["t4r-fast", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert stopped.value.code == 1
-    stderr = capfd.readouterr().err
+    _, stderr = ran(*arguments, code=1)
     lines = [line for line in stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1
     assert message in lines[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -126,16 +127,24 @@ KILLED = textwrap.dedent(
     from t4r_fast.tutorial.progress import Progress
     from t4r_fast.tutorial.windows import TrainingOptions, train_windows
 
+    from t4r_fast.tutorial import windows
+
     folder, out, name, kill_at = sys.argv[1:5]
     options = TrainingOptions(**eval(sys.argv[5]))
+
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if kill_at == "evaluation":
+        windows._Run._evaluate = die
 
     class Killer(Progress):
         steps = 0
 
         def advance(self, step, count=1):
             self.steps += count
-            if self.steps >= int(kill_at):
-                os.kill(os.getpid(), signal.SIGKILL)
+            if str(self.steps) == kill_at:
+                die()
 
     data = SessionData(folder)
     train_windows(name, data, data.pairs(), options, Path(out), Killer())
@@ -143,11 +152,9 @@ KILLED = textwrap.dedent(
 )
 
 
-@pytest.mark.parametrize("kill_at", [7, 33])
+@pytest.mark.parametrize("kill_at", [33, "evaluation"])
 def test_sigkill_and_resume_equal_an_uninterrupted_run(data, finished, tmp_path, kill_at):
-    """Killed in the first and in the second window, each time some steps after a checkpoint."""
-    import dataclasses
-
+    """Killed in the second window, some steps after a checkpoint, or before the evaluation."""
     options = dataclasses.replace(SMALL, checkpoint_steps=5)
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
@@ -164,7 +171,7 @@ def test_sigkill_and_resume_equal_an_uninterrupted_run(data, finished, tmp_path,
     assert ran.returncode == -signal.SIGKILL, ran.stderr
     before = state.ModelState(out, "xlnet_mlm")
     assert before.partial is not None
-    assert len(before.windows) == (0 if kill_at < 20 else 1)
+    assert len(before.windows) == (1 if kill_at == 33 else 0)
     done = train_windows("xlnet_mlm", data, data.pairs(), options, out)
     assert numbers(done.windows) == numbers(finished[1]["models"]["xlnet_mlm"]["windows"])
     resumed = saved_model.load(out / "models" / "xlnet_mlm").model.state_dict()
