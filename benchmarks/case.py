@@ -86,7 +86,7 @@ class Provider:
               cannot
     ours      checked against float64 as strictly as the tests do
     slow      takes tens of seconds, say to compile: wide cases only, unless the run is "full"
-    only      the cases it takes part in; None: all
+    only      the cases it takes part in, at the thread count that is set; None: all
     """
 
     name: str
