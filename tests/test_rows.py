@@ -14,7 +14,6 @@ ROWS_WITHOUT = {
     "csrc/cpu": {
         "item_topk": LATER,
         "ranking_metrics": "a few elementwise operations on (N, len(ks)): nothing to gain",
-        "sequence_embedding": LATER,
         "target_rank": LATER,
         "tied_softmax_loss": LATER,
     },

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from harness import check, lanes, run_on
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from t4r_fast.ops.sequence_embedding import sequence_embedding
 
@@ -18,11 +20,12 @@ def naive(
     mask_vector=None,
     zero_padding=False,
     padding_idx=0,
+    sparse=False,
 ):
     parts = []
     for column, table in zip(columns, tables):
         if table is None:
-            parts.append(column.reshape(*column.shape[:2], -1))
+            parts.append(column if column.dim() == 3 else column[..., None])
             continue
         found = table[column.clamp(0, len(table) - 1)]
         pad = (column == padding_idx)[..., None]
@@ -149,6 +152,133 @@ def test_gradient_repeats_bit_for_bit(lane):
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sparse_gradients_are_the_rows_of_dense_ones(lane, dtype):
+    inputs = make_inputs(50, 9, [6, 4], mask=True, numbers=(0,))
+    grads = []
+    with run_on(lane, "sequence_embedding") as device:
+        columns = [c.to(device) for c in inputs["columns"]]
+        columns[1] = columns[1].to(dtype)
+        options = {
+            "mask": inputs["mask"].to(device),
+            "mask_vector": inputs["mask_vector"].to(device, dtype),
+            "zero_padding": True,
+        }
+        for sparse in (True, False):
+            tables = [inputs["tables"][f].to(device, dtype).requires_grad_() for f in (0, 2)]
+            out = sequence_embedding(
+                columns, [tables[0], None, tables[1]], sparse=sparse, **options
+            )
+            grads.append(torch.autograd.grad(out, tables, torch.ones_like(out)))
+    for found, dense, ids in zip(*grads, (inputs["columns"][0], inputs["columns"][2])):
+        assert found.is_sparse
+        found = found.coalesce()
+        counted = ~inputs["mask"] & (inputs["columns"][0] != 0) & (ids != 0)
+        used = found.indices()[0].cpu()
+        if lane == "cpu":  # only what occurs, each id once
+            assert torch.equal(used, ids[counted].unique())
+        torch.testing.assert_close(found.to_dense(), dense)
+        assert not dense[0].any()
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_same_bits_for_any_number_of_threads(lane):
+    inputs = make_inputs(512, 20, [24, 8], mask=True)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        with run_on(lane, "sequence_embedding") as device:
+            columns = [c.to(device) for c in inputs["columns"]]
+            mask = inputs["mask"].to(device)
+            weight = torch.randn(512, 20, 32, generator=torch.Generator().manual_seed(0))
+            # The reference's backward may add in another order with other threads.
+            for threads in (1, 1) if lane == "reference" else (1, 2, 3):
+                torch.set_num_threads(threads)
+                leaves = [t.to(device).requires_grad_() for t in inputs["tables"]]
+                vector = inputs["mask_vector"].to(device).requires_grad_()
+                out = sequence_embedding(columns, leaves, mask=mask, mask_vector=vector)
+                grads = torch.autograd.grad(out, [*leaves, vector], weight.to(device))
+                found.append((out, *grads))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
+
+
+@pytest.mark.parametrize("lane", LANES)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    sessions=st.sampled_from([0, 1, 3, 13, 64]),
+    positions=st.sampled_from([0, 1, 5, 20, 65]),
+    widths=st.lists(st.sampled_from([1, 3, 8, 16, 17, 64]), min_size=1, max_size=3),
+    numbers=st.sampled_from([(), (0,), (2, 0)]),
+    mask=st.booleans(),
+    zero_padding=st.booleans(),
+    turned=st.booleans(),
+)
+def test_any_shape(lane, sessions, positions, widths, numbers, mask, zero_padding, turned):
+    inputs = make_inputs(sessions, positions, widths, mask, numbers)
+    if turned:  # (B, L) over memory (L, B)
+        inputs["columns"] = [
+            c.transpose(0, 1).contiguous().transpose(0, 1) for c in inputs["columns"]
+        ]
+    diff = ("tables", "columns", "mask_vector")[: 3 if mask else 2]
+    options = {"zero_padding": zero_padding}
+    check(lane, sequence_embedding, naive, inputs, options, torch.float64, diff)
+
+
+def test_an_optimizer_may_step_before_backward():
+    table = torch.randn(5, 2, requires_grad=True)
+    out = sequence_embedding([torch.tensor([[1, 3]])], [table])
+    with torch.no_grad():
+        table.add_(1)
+    out.sum().backward()
+    assert table.grad.sum() == 4
+
+
+def test_table_past_2_to_the_31(tmp_path):
+    """V * D = 2**31 + 640: offsets of 32 bits would read elsewhere."""
+    d, v, used = 64, 2**25 + 10, 50
+    path = tmp_path / "table"
+    with path.open("wb") as file:
+        file.truncate(2 * v * d)  # a file of holes: only the pages used take space
+    table = torch.from_file(str(path), shared=True, size=v * d, dtype=torch.bfloat16).view(v, d)
+    generator = torch.Generator().manual_seed(0)
+    table[v - used :] = torch.randn(used, d, generator=generator).bfloat16()
+    ids = torch.randint(v - used, v, (8, 5), generator=generator)
+    out = sequence_embedding([ids], [table.requires_grad_()], sparse=True)
+    assert torch.equal(out, table.detach()[v - used :][ids - (v - used)])
+    (grad,) = torch.autograd.grad(out, table, torch.ones_like(out))
+    assert torch.equal(grad.coalesce().indices()[0], ids.unique())
+    counts = (ids - (v - used)).flatten().bincount(minlength=used)
+    counts = counts[counts > 0, None].expand(-1, d)
+    assert torch.equal(grad.coalesce().values().long(), counts)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_opcheck(sparse):
+    inputs = make_inputs(4, 6, [5, 3], mask=True, numbers=(0,))
+    columns, tables = inputs["columns"], inputs["tables"]
+    masked = (inputs["mask"], inputs["mask_vector"])
+    forward = torch.ops.t4r_fast.sequence_embedding_fwd
+    torch.library.opcheck(forward, (columns, tables, False, *masked, True, 0))
+    torch.library.opcheck(
+        torch.ops.t4r_fast.sequence_embedding_bwd,
+        (
+            torch.randn(4, 6, 9),
+            [columns[0], None, columns[2]],
+            [len(tables[0]), -1, len(tables[2])],
+            [5, 1, 3],
+            False,
+            masked[0],
+            True,
+            0,
+            sparse,
+            [1, 1, 1, 1],
+        ),
+    )
+
+
 def test_gradcheck():
     inputs = make_inputs(3, 4, [2, 3], mask=True, numbers=(0,))
     tables = [t if t is None else t.double().requires_grad_() for t in inputs["tables"]]
@@ -179,8 +309,12 @@ def test_compiles_to_one_graph():
         )
 
     tables = inputs["tables"][0], inputs["tables"][2]
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(*tables)
-    assert torch.equal(step(*tables), compiled)
+    found = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves = [t.clone().requires_grad_() for t in tables]
+        out = function(*leaves)
+        found.append((out, *torch.autograd.grad(out, leaves, torch.ones_like(out))))
+    assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
 I, W, X = torch.zeros(2, 3).long(), torch.zeros(5, 4), torch.zeros(2, 3)  # noqa: E741

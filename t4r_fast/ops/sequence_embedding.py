@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from t4r_fast import backend
 from t4r_fast.ops._check import FLOAT_DTYPES, check_device, check_int64, check_values, names
 from t4r_fast.reference import sequence_embedding as reference
 
 AGGREGATIONS = ("concat", "sum")
+_OP = "sequence_embedding"
 
 
 def sequence_embedding(
@@ -23,6 +26,7 @@ def sequence_embedding(
     mask_vector: Tensor | None = None,
     zero_padding: bool = False,
     padding_idx: int = 0,
+    sparse: bool = False,
 ) -> Tensor:
     """Look up, join and mask the columns of padded sequences.
 
@@ -39,11 +43,16 @@ def sequence_embedding(
     zero_padding  positions whose first id column is padding_idx become 0; the mask wins
     padding_idx   the id of padding in all columns; as in torch.nn.Embedding its row of a table is
                   looked up but gets no gradient from here
+    sparse        gradients of tables are sparse tensors of the rows that occur, as in
+                  torch.nn.Embedding: for leaf tensors, and not for torch.compile. A dense one is
+                  V x D zeros and the same rows
     returns       (B, L, W) in the dtype of the tables
 
-    Differentiable in tables, continuous columns and mask_vector; table gradients are dense and
-    deterministic. B = 0 or L = 0 gives an empty result. Raises ValueError or TypeError on shapes,
-    dtypes and options, IndexError naming column, position and id when an id is outside its table.
+    Differentiable once in tables, continuous columns and mask_vector. Table gradients are sums in
+    the order of positions, in float32 for 16-bit tables: deterministic. Tables and columns may be
+    views; a table whose rows are not contiguous is copied. B = 0 or L = 0 gives an empty result.
+    Raises ValueError or TypeError on shapes, dtypes and options, IndexError naming column, position
+    and id when an id is outside its table.
     Replaces transformers4rec.torch's SequenceEmbeddingFeatures, ConcatFeatures and
     MaskSequence.apply_mask_to_inputs.
     """
@@ -55,10 +64,12 @@ def sequence_embedding(
         raise ValueError(
             "sequence_embedding: zero_padding needs an id column to find padding; got none"
         )
-    backend.pick("sequence_embedding", columns[0])
-    return reference.sequence_embedding(
-        columns, tables, aggregation, mask, mask_vector, zero_padding, padding_idx
-    )
+    if backend.pick(_OP, columns[0]) == "reference":
+        return reference.sequence_embedding(
+            columns, tables, aggregation, mask, mask_vector, zero_padding, padding_idx, sparse
+        )
+    options = _Options(aggregation == "sum", zero_padding, padding_idx, sparse)
+    return _SequenceEmbedding.apply(options, mask, mask_vector, *columns, *tables)
 
 
 def _check_columns(columns: list[Tensor], tables: list[Tensor | None]) -> None:
@@ -149,3 +160,140 @@ def _check_mask(
             f"got {mask_vector.dtype} {tuple(mask_vector.shape)}"
         )
     check_device("sequence_embedding", "columns[0]", columns[0], mask=mask, mask_vector=mask_vector)
+
+
+class _Options(NamedTuple):
+    sum: bool
+    zero_padding: bool
+    padding_idx: int
+    sparse: bool
+
+
+class _SequenceEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        options: _Options,
+        mask: Tensor | None,
+        mask_vector: Tensor | None,
+        *columns_and_tables: Tensor | None,
+    ) -> Tensor:
+        count = len(columns_and_tables) // 2
+        columns, tables = list(columns_and_tables[:count]), list(columns_and_tables[count:])
+        ctx.backend = backend.pick(_OP, columns[0])
+        ctx.options = options
+        ctx.shapes = [
+            column.shape if table is None else table.shape for column, table in zip(columns, tables)
+        ]
+        # Tables are not saved: an optimizer may step between forward and backward.
+        ids = [None if table is None else column for column, table in zip(columns, tables)]
+        ctx.save_for_backward(mask, *ids)
+        return backend.ops(ctx.backend, reference).sequence_embedding_fwd(
+            columns,
+            tables,
+            options.sum,
+            mask,
+            mask_vector,
+            options.zero_padding,
+            options.padding_idx,
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        mask, *columns = ctx.saved_tensors
+        count, options, needs = len(columns), ctx.options, ctx.needs_input_grad
+        of_columns, of_tables = needs[3 : 3 + count], needs[3 + count :]
+        widths = [
+            1 if ids is None and len(shape) == 2 else shape[-1]
+            for ids, shape in zip(columns, ctx.shapes)
+        ]
+        ids, gradients, vector = backend.ops(ctx.backend, reference).sequence_embedding_bwd(
+            dout,
+            columns,
+            [-1 if c is None else shape[0] for c, shape in zip(columns, ctx.shapes)],
+            widths,
+            options.sum,
+            mask,
+            options.zero_padding,
+            options.padding_idx,
+            options.sparse,
+            [int(c or t) for c, t in zip(of_columns, of_tables)] + [int(needs[2])],
+        )
+        dcolumns: list[Tensor | None] = [None] * count
+        dtables: list[Tensor | None] = [None] * count
+        for f, shape in enumerate(ctx.shapes):
+            if of_columns[f]:
+                dcolumns[f] = gradients[f].reshape(shape)
+            elif of_tables[f] and options.sparse:
+                # ids are ascending and different
+                dtables[f] = torch.sparse_coo_tensor(
+                    ids[f][None], gradients[f], shape, is_coalesced=True, check_invariants=False
+                )
+            elif of_tables[f]:
+                dtables[f] = gradients[f]
+        return None, None, vector if needs[2] else None, *dcolumns, *dtables
+
+
+def _fake_fwd(
+    columns: list[Tensor],
+    tables: list[Tensor | None],
+    sum: bool,
+    mask: Tensor | None,
+    mask_vector: Tensor | None,
+    zero_padding: bool,
+    padding_idx: int,
+) -> Tensor:
+    widths = [
+        table.shape[1] if table is not None else column.shape[2] if column.dim() == 3 else 1
+        for column, table in zip(columns, tables)
+    ]
+    like = next((t for t in tables if t is not None), columns[0])
+    width = widths[0]
+    if not sum:
+        for other in widths[1:]:
+            width = width + other
+    return like.new_empty((*columns[0].shape[:2], width))
+
+
+def _fake_bwd(
+    dout: Tensor,
+    columns: list[Tensor | None],
+    rows: list[int],
+    widths: list[int],
+    sum: bool,
+    mask: Tensor | None,
+    zero_padding: bool,
+    padding_idx: int,
+    sparse: bool,
+    needs: list[int],
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    ids, gradients = [], []
+    for column, size, width, needed in zip(columns, rows, widths, needs):
+        shape: tuple[Any, ...] = (0,)
+        found: Any = 0
+        if needed and column is None:
+            shape = (*dout.shape[:2], width)
+        elif needed and sparse:
+            found = torch.library.get_ctx().new_dynamic_size()
+            shape = (found, width)
+        elif needed:
+            shape = (size, width)
+        ids.append(dout.new_empty((found,), dtype=torch.int64))
+        gradients.append(dout.new_empty(shape))
+    return ids, gradients, dout.new_empty((dout.shape[2] if needs[-1] else 0,))
+
+
+backend.declare(
+    _OP,
+    "sequence_embedding_fwd(Tensor[] columns, Tensor?[] tables, bool sum, Tensor? mask, "
+    "Tensor? mask_vector, bool zero_padding, int padding_idx) -> Tensor",
+    fake=_fake_fwd,
+)
+backend.declare(
+    _OP,
+    "sequence_embedding_bwd(Tensor dout, Tensor?[] columns, int[] rows, int[] widths, bool sum, "
+    "Tensor? mask, bool zero_padding, int padding_idx, bool sparse, int[] needs)"
+    " -> (Tensor[], Tensor[], Tensor)",
+    fake=_fake_bwd,
+)

@@ -15,14 +15,14 @@ def sequence_embedding(
     mask_vector: Tensor | None,
     zero_padding: bool,
     padding_idx: int,
+    sparse: bool = False,
 ) -> Tensor:
     """(B, L, W); differentiable by PyTorch's own rules."""
     parts = []
     for column, table in zip(columns, tables):
         if table is not None:
-            parts.append(
-                F.embedding(column, table, padding_idx if padding_idx < len(table) else None)
-            )
+            pad = padding_idx if padding_idx < len(table) else None
+            parts.append(F.embedding(column, table, pad, sparse=sparse))
         else:
             parts.append(column if column.dim() == 3 else column[..., None])
     if aggregation == "concat":
