@@ -25,8 +25,8 @@ BATCHES = 64  # together their rows are larger than a cache
 
 CASES = [
     Case("fwd", {"B": 256, "L": 20, "V": 1_000_000, "D": 64}, "quick", shown=True),
-    Case("fwd+bwd", {"B": 256, "L": 20, "V": TUTORIAL_V, "D": 64}, shown=True),
-    Case("fwd+bwd", {"B": 256, "L": 20, "V": 1_000_000, "D": 64}, "quick", wide=True, shown=True),
+    Case("fwd+bwd", {"B": 256, "L": 20, "V": TUTORIAL_V, "D": 64}, "quick", shown=True),
+    Case("fwd+bwd", {"B": 256, "L": 20, "V": 1_000_000, "D": 64}, wide=True, shown=True),
 ]
 
 

@@ -150,7 +150,9 @@ def ops_table(records: Iterable[Record]) -> str:
     rows, last = [], None
     for group in newest(records):
         ours = group[0]
-        if ours["threads"] != 1 or not ours.get("shown") or ours["status"] != "ok":
+        if ours["op"] == TUTORIAL or ours["threads"] != 1:
+            continue
+        if not ours["shown"] or ours["status"] != "ok":
             continue
         last = ours if last is None or ours["run"] > last["run"] else last
         others = [r for r in group[1:] if r["status"] == "ok"]

@@ -364,6 +364,8 @@ def test_tutorial_records(mode):
     ]
     assert records[0]["cpu_ms"] == {"p20": 1000.0, "p50": 2000.0, "p80": 3000.0}
     text = table.tutorial_table(records)
+    assert table.ops_table(records) == "No results yet: `make bench`."
+    assert table.full_table(records) == "No results yet: `make bench`."
     assert f"| gru, {mode} | 99 | 256 | 1 (CPU) | 2 | 4 | **2.00x** | 1.50 / 1.50 |" in text
 
 

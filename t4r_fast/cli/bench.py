@@ -182,7 +182,9 @@ def _show(op: str, records: list[dict[str, Any]]) -> None:
             shown.add_row(
                 record["provider"],
                 f"{time['p50']:.4g}",
-                f"{100 * (time['p80'] - time['p20']) / time['p50']:.0f}%",
+                "one run"
+                if record["samples"] == 1
+                else f"{100 * (time['p80'] - time['p20']) / time['p50']:.0f}%",
                 f"[red]{ratio}[/red]" if ratio.startswith("0") else ratio,
                 f"{flop:.1f} GFLOP/s" if flop else f"{record['gbyte_per_s']:.1f} GB/s",
                 f"{100 * record['floor_share']:.0f}%",
