@@ -9,7 +9,7 @@
 
 namespace t4r_fast {
 
-// Three bits of the counter. 0 and 1 are those of mask_mlm, 4 and 5 mask_permutation's.
+// Three bits of the counter. 0 and 1 are those of mask_mlm, 4 to 6 mask_permutation's.
 enum DrawKind : uint32_t { kSample = 2, kNegative = 3 };
 
 struct Seed {

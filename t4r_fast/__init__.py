@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from t4r_fast.ops.log_uniform_sample import log_uniform_log_prob, log_uniform_sample
     from t4r_fast.ops.mask_causal import mask_causal
     from t4r_fast.ops.mask_mlm import mask_mlm
+    from t4r_fast.ops.mask_permutation import mask_permutation
     from t4r_fast.ops.ranking_metrics import ranking_metrics
     from t4r_fast.ops.sampled_softmax_loss import (
         PopularityTable,
@@ -38,6 +39,7 @@ __all__ = [
     "log_uniform_sample",
     "mask_causal",
     "mask_mlm",
+    "mask_permutation",
     "popularity_table",
     "ranking_metrics",
     "sampled_softmax_loss",

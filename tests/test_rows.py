@@ -22,6 +22,7 @@ ROWS_WITHOUT = {
         "log_uniform_sample": LATER,
         "mask_causal": LATER,
         "mask_mlm": LATER,
+        "mask_permutation": LATER,
         "ranking_metrics": "a few elementwise operations on (N, len(ks)): nothing to gain",
         "sampled_softmax_loss": LATER,
         "sequence_embedding": LATER,
