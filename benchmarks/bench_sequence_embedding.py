@@ -23,10 +23,13 @@ from benchmarks.case import (
 
 BATCHES = 64  # together their rows are larger than a cache
 
+MANY = 1_000_000
+
 CASES = [
-    Case("fwd", {"B": 256, "L": 20, "V": 1_000_000, "D": 64}, "quick", shown=True),
+    Case("fwd", {"B": 256, "L": 20, "V": MANY, "D": 64}, "quick", shown=True),
     Case("fwd+bwd", {"B": 256, "L": 20, "V": TUTORIAL_V, "D": 64}, "quick", shown=True),
-    Case("fwd+bwd", {"B": 256, "L": 20, "V": 1_000_000, "D": 64}, wide=True, shown=True),
+    Case("fwd+bwd", {"B": 256, "L": 20, "V": MANY, "D": 64}, shown=True),
+    Case("fwd+bwd_sparse", {"B": 256, "L": 20, "V": MANY, "D": 64}, wide=True, shown=True),
 ]
 
 
@@ -56,13 +59,15 @@ def lookup(case: Case, function) -> Call:
 
 
 def ours(case: Case) -> Call:
-    return lookup(case, lambda ids, table: t4r_fast.sequence_embedding([ids], [table]))
-
-
-def eager(sparse: bool):
-    return lambda case: lookup(
-        case, lambda ids, table: F.embedding(ids, table, padding_idx=0, sparse=sparse)
+    sparse = case.kind == "fwd+bwd_sparse"
+    return lookup(
+        case, lambda ids, table: t4r_fast.sequence_embedding([ids], [table], sparse=sparse)
     )
+
+
+def eager(case: Case) -> Call:
+    sparse = case.kind == "fwd+bwd_sparse"
+    return lookup(case, lambda ids, table: F.embedding(ids, table, padding_idx=0, sparse=sparse))
 
 
 def fbgemm(case: Case) -> Call:
@@ -95,7 +100,7 @@ def fbgemm(case: Case) -> Call:
             weights.data.copy_(x["table"])
             column = in_turn(x["columns"])
         out = tables(column().reshape(-1), offsets).reshape(case["B"], case["L"], case["D"])
-        if case.kind == "fwd+bwd":
+        if case.kind != "fwd":
             out.backward(x["dout"])  # updates the rows it touches: there is no gradient to compare
         return {"out": out.detach()}
 
@@ -105,12 +110,13 @@ def fbgemm(case: Case) -> Call:
 def work(case: Case, size: int) -> Work:
     """Rows gathered and written; backward reads their gradients and adds into the table's rows.
 
-    A dense gradient's zeros are not counted: a sparse one has none.
+    A dense gradient's zeros are written on top.
     """
     rows = case["B"] * case["L"] * case["D"] * size
     if case.kind == "fwd":
         return Work(gather=rows, written=rows)
-    return Work(gather=rows, read=rows, written=2 * rows)
+    dense = case["V"] * case["D"] * size * (case.kind == "fwd+bwd")
+    return Work(gather=rows, read=rows, written=2 * rows + dense)
 
 
 BENCHMARK = Benchmark(
@@ -119,10 +125,7 @@ BENCHMARK = Benchmark(
     inputs,
     [
         Provider("t4r_fast", ours, ours=True),
-        Provider("F.embedding", eager(sparse=False)),
-        Provider(
-            "F.embedding(sparse)", eager(sparse=True), only=lambda case: case.kind == "fwd+bwd"
-        ),
+        Provider("F.embedding", eager),
         Provider("fbgemm-gpu-cpu", fbgemm),
     ],
     work,
