@@ -15,7 +15,6 @@ ROWS_WITHOUT = {
         "item_topk": LATER,
         "ranking_metrics": "a few elementwise operations on (N, len(ks)): nothing to gain",
         "target_rank": LATER,
-        "tied_softmax_loss": LATER,
     },
     "kernels/triton": {
         "item_topk": LATER,

@@ -53,8 +53,9 @@ def tied_softmax_loss(
     A row that is skipped or whose target is ignore_index has loss 0 and lse 0 and is not counted.
     The mean of no rows is nan, as in PyTorch. Differentiable once in hidden, items and bias, also
     through lse; sums are float32 for 16-bit inputs. Memory beyond outputs and gradients: O(N D) and
-    a few chunks of 16 MiB. Raises ValueError or TypeError on shapes, dtypes and options out of
-    range, IndexError on a target or row out of range.
+    a few chunks of 16 MiB, or 64 MiB of the C++ kernels; rows of hidden and items whose elements
+    are not next to each other are copied. Raises ValueError or TypeError on shapes, dtypes and
+    options out of range, IndexError on a target or row out of range.
     Source: Wijmans et al., "Cut Your Losses", arXiv 2411.09009. Replaces
     transformers4rec.torch.model.prediction_task._NextItemPredictionTask + CrossEntropyLoss.
     """
@@ -121,8 +122,10 @@ class _TiedSoftmaxLoss(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             loss, lse = functions.tied_softmax_loss_fwd(hidden, items, target, bias, rows, *options)
         ctx.options = options
+        # Native kernels give lse in float64: probabilities are exp(z - lse), and at |lse| = 1e4
+        # the last bit of float32 is 1e-3 of all of them.
         ctx.save_for_backward(hidden, items, target, bias, rows, lse)
-        return loss, lse
+        return loss, lse.to(loss.dtype)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
@@ -144,6 +147,50 @@ class _TiedSoftmaxLoss(torch.autograd.Function):
                 rows,
                 lse,
                 *ctx.options,
-                tuple(ctx.needs_input_grad[:3]),
+                *ctx.needs_input_grad[:3],
             )
-        return dhidden, ditems, dbias, None, None, None
+        found = zip(ctx.needs_input_grad, (dhidden, ditems, dbias))
+        return *(gradient if needed else None for needed, gradient in found), None, None, None
+
+
+def _fake_fwd(
+    hidden: Tensor, items: Tensor, target: Tensor, bias: Tensor | None, rows: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor]:
+    size = hidden.shape[0] if rows is None else rows.shape[0]
+    loss = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return hidden.new_empty(size, dtype=loss), hidden.new_empty(size, dtype=torch.float64)
+
+
+def _fake_bwd(
+    dloss: Tensor,
+    dlse: Tensor,
+    hidden: Tensor,
+    items: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    lse: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs = options[-3:]
+    leaves = (hidden, items, hidden if bias is None else bias)
+    needs = (*needs[:2], needs[2] and bias is not None)
+    return tuple(t.new_empty(t.shape if need else (0,)) for t, need in zip(leaves, needs))
+
+
+_OPTIONS = "float temperature, float softcap, float label_smoothing, float z_loss, int ignore_index"
+
+backend.declare(
+    "tied_softmax_loss",
+    "tied_softmax_loss_fwd(Tensor hidden, Tensor items, Tensor target, Tensor? bias, Tensor? rows,"
+    f" {_OPTIONS}) -> (Tensor, Tensor)",
+    fake=_fake_fwd,
+)
+# A gradient that is not needed is an empty tensor.
+backend.declare(
+    "tied_softmax_loss",
+    "tied_softmax_loss_bwd(Tensor dloss, Tensor dlse, Tensor hidden, Tensor items, Tensor target,"
+    f" Tensor? bias, Tensor? rows, Tensor lse, {_OPTIONS}, bool need_hidden, bool need_items,"
+    " bool need_bias) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_bwd,
+)

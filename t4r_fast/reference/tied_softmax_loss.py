@@ -85,9 +85,11 @@ def tied_softmax_loss_bwd(
     label_smoothing: float,
     z_loss: float,
     ignore_index: int,
-    needs: tuple[bool, bool, bool],
+    need_hidden: bool,
+    need_items: bool,
+    need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, items and bias; None where `needs` says so."""
+    """Gradients of hidden, items and bias; None where not needed."""
     kept, part, wanted = _prepare(hidden, target, rows, ignore_index)
     lse = lse[kept.slot]
     zero = lse.new_zeros(())
@@ -95,9 +97,9 @@ def tied_softmax_loss_bwd(
     dloss = torch.where(kept.valid, dloss[kept.slot], zero) / temperature
     dlse = torch.where(kept.valid, dlse[kept.slot], zero) / temperature
     weight = dloss * (1.0 + 2.0 * z_loss * lse) + dlse  # of the softmax
-    dpart = torch.zeros_like(part) if needs[0] else None
-    ditems = torch.empty_like(items) if needs[1] else None
-    dbias = torch.empty_like(bias) if bias is not None and needs[2] else None
+    dpart = torch.zeros_like(part) if need_hidden else None
+    ditems = torch.empty_like(items) if need_items else None
+    dbias = torch.empty_like(bias) if bias is not None and need_bias else None
     for start, stop, scores in score_chunks(part, items, bias):
         z = _logits(scores, temperature, softcap)
         slope = 1.0 - (z / softcap) ** 2 if softcap else None  # of the cap

@@ -1,0 +1,359 @@
+// Scores of a tile of items for a panel of rows, and the two products of the backward pass: the
+// register-blocked loops that the item ops share. Included by files for one instruction set after
+// simd_<set>.h; everything is in an unnamed namespace, or the linker may keep the wide copy of a
+// function for everybody.
+#pragma once
+
+#include <stdint.h>
+
+#include "float_types.h"
+#include "item_table.h"
+
+namespace {
+
+using t4r_fast::ItemTable;
+using t4r_fast::kBlock;
+using t4r_fast::kBlockStride;
+using t4r_fast::kChunk;
+using t4r_fast::kPanel;
+using t4r_fast::kTile;
+using t4r_fast::PackedRows;
+
+template <typename T>
+inline bool is_type(Dtype dtype) {
+  return dtype == (sizeof(T) == 4 ? Dtype::kFloat32 : Dtype::kFloat64);
+}
+
+// ---- packing
+
+// Element (row, column) of a matrix of `rows` rows in chunks of columns.
+template <typename T>
+ALWAYS_INLINE int64_t chunk_width(int64_t padded, int64_t column) {
+  return padded - column < kChunk<T> ? padded - column : kChunk<T>;
+}
+
+template <class X>
+void pack_rows(const Matrix& from, const int64_t* source, const PackedRows<typename X::T>& to) {
+  using T = typename X::T;
+  constexpr int kGroup = X::kWide * X::L;
+  for (int64_t i = 0; i < to.count; ++i) {
+    for (int64_t column = 0; column < to.padded; column += kChunk<T>) {
+      const int64_t chunk = chunk_width<T>(to.padded, column);
+      const int64_t real = to.width - column < chunk ? to.width - column : chunk;
+      T* row = to.rows + column * to.count + i * chunk;
+      convert(from, source[i] * from.stride + column, real, row);
+      for (int64_t k = real; k < chunk; ++k) row[k] = 0;
+    }
+  }
+  const int64_t lanes = (to.count + X::L - 1) / X::L * X::L;
+  for (int64_t start = 0, group; start < lanes; start += group) {
+    const int64_t panel_end = (start / kPanel<T> + 1) * kPanel<T>;
+    const int64_t left = (panel_end < lanes ? panel_end : lanes) - start;
+    group = left < kGroup ? left : kGroup;
+    T* out = to.panels + start * to.width;
+    for (int64_t k = 0; k < to.width; ++k) {
+      const int64_t column = k / kChunk<T> * kChunk<T>;
+      const int64_t chunk = chunk_width<T>(to.padded, column);
+      const T* in = to.rows + column * to.count + start * chunk + (k - column);
+      for (int64_t r = 0; r < group; ++r) {
+        out[k * group + r] = start + r < to.count ? in[r * chunk] : 0;
+      }
+    }
+  }
+}
+
+// ---- tiles of items
+
+template <typename T>
+struct Tile {
+  const T* items;
+  int64_t stride, first;
+  int count;
+  const T* bias;  // kTile entries, or null
+};
+
+// The items [index * kTile, ...) as they lie where that is possible, else converted to `copy`
+// (kTile x padded) with zeros past the table's width and end.
+template <typename T>
+Tile<T> load_tile(const ItemTable& table, int64_t index, int64_t padded, T* copy, T* bias) {
+  Tile<T> tile;
+  tile.first = index * kTile;
+  tile.count =
+      static_cast<int>(table.count - tile.first < kTile ? table.count - tile.first : kTile);
+  const Matrix& items = table.items;
+  if (is_type<T>(items.dtype) && tile.count == kTile && padded == table.width) {
+    tile.items = static_cast<const T*>(items.data) + tile.first * items.stride;
+    tile.stride = items.stride;
+  } else {
+    for (int v = 0; v < kTile; ++v) {
+      T* row = copy + v * padded;
+      const int64_t width = v < tile.count ? table.width : 0;
+      if (width) convert(items, (tile.first + v) * items.stride, width, row);
+      for (int64_t k = width; k < padded; ++k) row[k] = 0;
+    }
+    tile.items = copy;
+    tile.stride = padded;
+  }
+  tile.bias = nullptr;
+  if (table.bias.data) {
+    for (int v = 0; v < kTile; ++v) {
+      bias[v] = 0;
+      if (v < tile.count) convert(table.bias, (tile.first + v) * table.bias.stride, 1, bias + v);
+    }
+    tile.bias = bias;
+  }
+  return tile;
+}
+
+// The right side of a product: rows of `stride`, or, where that is 0, rows [first, ...) of a matrix
+// of `rows` rows in chunks of columns.
+template <typename T>
+struct Right {
+  const T* data;
+  int64_t stride, rows, first;
+};
+
+// The tile's items as the right side, copied to `chunks` (kTile x padded) where that pays.
+template <class X>
+Right<typename X::T> items_on_right(const Tile<typename X::T>& tile, int64_t padded, int64_t uses,
+                                    typename X::T* chunks) {
+  using T = typename X::T;
+  if (padded <= kChunk<T> || uses < 16) return {tile.items, tile.stride, 0, 0};
+  for (int64_t column = 0; column < padded; column += kChunk<T>) {
+    const int64_t chunk = chunk_width<T>(padded, column);
+    for (int v = 0; v < tile.count; ++v) {
+      const T* in = tile.items + v * tile.stride + column;
+      T* out = chunks + column * kTile + v * chunk;
+      for (int64_t k = 0; k < chunk; k += X::L) X::store(out + k, X::load(in + k));
+    }
+  }
+  return {chunks, 0, kTile, 0};
+}
+
+// ---- scores
+
+// scores[v][row] for R items and C vectors of rows. Every score is its bias plus the products in
+// the order of k, whatever R and C are: an item's score does not depend on its place.
+template <class X, int R, int C>
+ALWAYS_INLINE void score_group(int64_t width, const typename X::T* items, int64_t stride,
+                               const typename X::T* bias, const typename X::T* rows,
+                               typename X::T* scores, int64_t scores_stride) {
+  typename X::V acc[R][C];
+#pragma GCC unroll 32
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) acc[r][c] = bias ? X::set1(bias[r]) : X::zero();
+  }
+  // A pointer to every fourth item and three distances: addresses for the load instruction itself.
+  // With R pointers the compiler reloads them from the stack for every k.
+  const typename X::T* at[(R + 3) / 4];
+#pragma GCC unroll 8
+  for (int q = 0; q < (R + 3) / 4; ++q) at[q] = items + 4 * q * stride;
+  const int64_t stride3 = 3 * stride;
+  for (int64_t k = 0; k < width; ++k) {
+    typename X::V b[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) b[c] = X::load(rows + c * X::L);
+    rows += C * X::L;
+#pragma GCC unroll 32
+    for (int r = 0; r < R; ++r) {
+      const int64_t apart = r % 4 == 3 ? stride3 : r % 4 * stride;
+      const typename X::V a = X::set1(at[r / 4][apart + k]);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) acc[r][c] = X::fma(a, b[c], acc[r][c]);
+    }
+  }
+#pragma GCC unroll 32
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) X::store(scores + r * scores_stride + c * X::L, acc[r][c]);
+  }
+}
+
+// R short rows at once are too many streams for the hardware's prefetcher: with 16 rows of hidden a
+// pass over 118k items of width 64 took twice as long. Past the table's end it does no harm.
+template <typename T, int R>
+ALWAYS_INLINE void prefetch_items(const T* items, int64_t stride, int64_t width) {
+  for (int r = 0; r < R; ++r) {
+    for (int64_t k = 0; k < width; k += 64 / sizeof(T)) {
+      __builtin_prefetch(
+          reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(items) +
+                                        static_cast<uintptr_t>(r * stride + k) * sizeof(T)),
+          0, 2);
+    }
+  }
+}
+
+template <class X, int R, int C>
+void score_groups(const Tile<typename X::T>& tile, int64_t width, const typename X::T* rows,
+                  typename X::T* scores, int64_t scores_stride, bool ahead) {
+  for (int v = 0; v < tile.count; v += R) {
+    const typename X::T* items = tile.items + v * tile.stride;
+    if (ahead) prefetch_items<typename X::T, R>(items + kTile * tile.stride, tile.stride, width);
+    typename X::T* out = scores + v * scores_stride;
+    if (tile.bias) {
+      score_group<X, R, C>(width, items, tile.stride, tile.bias + v, rows, out, scores_stride);
+    } else {
+      score_group<X, R, C>(width, items, tile.stride, nullptr, rows, out, scores_stride);
+    }
+  }
+}
+
+// Scores of the N rows from `first` on: vectors along k and a sum across.
+template <class X, int N>
+void score_few(const Tile<typename X::T>& tile, const PackedRows<typename X::T>& rows,
+               int64_t first, typename X::T* scores, int64_t scores_stride) {
+  using T = typename X::T;
+  using V = typename X::V;
+  for (int v = 0; v < tile.count; ++v) {
+    const T* item = tile.items + v * tile.stride;
+    V acc[N];
+#pragma GCC unroll 4
+    for (int r = 0; r < N; ++r) acc[r] = X::zero();
+    for (int64_t column = 0; column < rows.padded; column += kChunk<T>) {
+      const int64_t chunk = chunk_width<T>(rows.padded, column);
+      const T* in = rows.rows + column * rows.count + first * chunk;
+      for (int64_t k = 0; k < chunk; k += X::L) {
+        const V x = X::load(item + column + k);
+#pragma GCC unroll 4
+        for (int r = 0; r < N; ++r) {
+          acc[r] = X::fma(x, X::load(in + r * chunk + k), acc[r]);
+        }
+      }
+    }
+    const T bias = tile.bias ? tile.bias[v] : 0;
+#pragma GCC unroll 4
+    for (int r = 0; r < N; ++r) scores[v * scores_stride + r] = bias + X::sum(acc[r]);
+  }
+}
+
+// Up to this many rows go that way, as vectors of rows would be nearly empty.
+template <class X>
+constexpr int kFewRows = 4;
+
+// Lanes without a row get 0.
+template <class X>
+void score_few_rows(const Tile<typename X::T>& tile, const PackedRows<typename X::T>& rows,
+                    typename X::T* scores, int64_t scores_stride) {
+  for (int v = 0; v < tile.count; ++v) {
+    for (int64_t r = 0; r < rows.count; r += X::L)
+      X::store(scores + v * scores_stride + r, X::zero());
+  }
+  int64_t first = 0;
+  for (; first + 4 <= rows.count; first += 4) {
+    score_few<X, 4>(tile, rows, first, scores + first, scores_stride);
+  }
+  for (; first + 2 <= rows.count; first += 2) {
+    score_few<X, 2>(tile, rows, first, scores + first, scores_stride);
+  }
+  if (first < rows.count) score_few<X, 1>(tile, rows, first, scores + first, scores_stride);
+}
+
+// scores[v][row] of a tile for the panel of rows that begins at `start`.
+template <class X>
+void score_panel(const Tile<typename X::T>& tile, const PackedRows<typename X::T>& rows,
+                 int64_t start, int vectors, typename X::T* scores, int64_t scores_stride) {
+  if (rows.count <= kFewRows<X>) return score_few_rows<X>(tile, rows, scores, scores_stride);
+  constexpr bool kLarge = X::kWide == 3;
+  const typename X::T* panel = rows.panels + start * rows.width;
+  bool ahead = start == 0;
+  while (vectors > 0) {
+    int used = 1;
+    if (kLarge && vectors >= 3) {
+      score_groups<X, kLarge ? 8 : 1, kLarge ? 3 : 1>(tile, rows.width, panel, scores,
+                                                      scores_stride, ahead);
+      used = 3;
+    } else if (vectors >= 2) {
+      score_groups<X, 6, 2>(tile, rows.width, panel, scores, scores_stride, ahead);
+      used = 2;
+    } else {
+      score_groups<X, 6, 1>(tile, rows.width, panel, scores, scores_stride, ahead);
+    }
+    panel += used * X::L * rows.width;
+    scores += used * X::L;
+    vectors -= used;
+    ahead = false;
+  }
+}
+
+// ---- products of the backward pass
+
+// out[r][column] += sum over k of a[r, k] b[k][column], R rows and C vectors of columns; or = where
+// kAdd is false. The sum starts at 0 and not at `out`: sums of sums lose less than one long sum.
+template <class X, int R, int C, bool kAdd>
+ALWAYS_INLINE void add_product_group(int64_t depth, const typename X::T* a, int64_t a_row,
+                                     int64_t a_k, const typename X::T* b, int64_t b_k,
+                                     typename X::T* out, int64_t out_row) {
+  typename X::V acc[R][C];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) acc[r][c] = X::zero();
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    typename X::V row[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) row[c] = X::load(b + c * X::L);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const typename X::V x = X::set1(a[r * a_row]);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) acc[r][c] = X::fma(x, row[c], acc[r][c]);
+    }
+    a += a_k;
+    b += b_k;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      typename X::T* p = out + r * out_row + c * X::L;
+      X::store(p, kAdd ? X::add(X::load(p), acc[r][c]) : acc[r][c]);
+    }
+  }
+}
+
+template <class X, int C, int kARow, int kAK, bool kAdd>
+void add_product_columns(int64_t rows, int64_t depth, const typename X::T* a, int64_t a_stride,
+                         const typename X::T* b, int64_t b_k, typename X::T* out, int64_t out_row) {
+  const int64_t a_row = kARow ? kARow : a_stride, a_k = kAK ? kAK : a_stride;
+  int64_t r = 0;
+  for (; r + 6 <= rows; r += 6) {
+    add_product_group<X, 6, C, kAdd>(depth, a + r * a_row, a_row, a_k, b, b_k, out + r * out_row,
+                                     out_row);
+  }
+  for (; r + 2 <= rows; r += 2) {
+    add_product_group<X, 2, C, kAdd>(depth, a + r * a_row, a_row, a_k, b, b_k, out + r * out_row,
+                                     out_row);
+  }
+  if (r < rows) {
+    add_product_group<X, 1, C, kAdd>(depth, a + r * a_row, a_row, a_k, b, b_k, out + r * out_row,
+                                     out_row);
+  }
+}
+
+// out[rows][columns] += A b, or = where kAdd is false; A's element (r, k) is
+// a[r * kARow + k * kAK], 0 standing for a_stride.
+template <class X, int kARow, int kAK, bool kAdd>
+void add_product(int64_t rows, int64_t depth, int64_t columns, const typename X::T* a,
+                 int64_t a_stride, const Right<typename X::T>& b, typename X::T* out,
+                 int64_t out_row) {
+  using T = typename X::T;
+  constexpr int kMany = X::kWide == 3 ? 4 : 2;
+  for (int64_t column = 0; column < columns; column += kChunk<T>) {
+    const int64_t chunk = chunk_width<T>(columns, column);
+    const int64_t stride = b.stride ? b.stride : chunk;
+    const T* in = b.data + (b.stride ? column : column * b.rows + b.first * chunk);
+    int64_t c = 0;
+    for (; c + kMany * X::L <= chunk; c += kMany * X::L) {
+      add_product_columns<X, kMany, kARow, kAK, kAdd>(rows, depth, a, a_stride, in + c, stride,
+                                                      out + column + c, out_row);
+    }
+    for (; c < chunk; c += X::L) {
+      add_product_columns<X, 1, kARow, kAK, kAdd>(rows, depth, a, a_stride, in + c, stride,
+                                                  out + column + c, out_row);
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,326 @@
+// tied_softmax_loss: cross-entropy over all items without the N x V logits.
+// Forward finds the log-sum-exp of every row in one pass over the items. Backward makes the scores
+// of a tile of items once more and uses them for both gradients while they are in the cache:
+// 2 NVD and 6 NVD operations. A tile belongs to one thread, which writes its ditems once; each
+// thread has its own sum for dhidden, added in order. No atomics: the bits depend on the number of
+// threads only.
+#include "tied_softmax_loss.h"
+
+#include <cmath>
+#include <limits>
+#include <tuple>
+
+#include "item_rows.h"
+
+// The vector unit comes first.
+#include "simd_portable.h"
+
+// and its kernels
+#include "tied_softmax_loss_kernel.h"
+
+namespace t4r_fast {
+
+extern const LossKernels<float> tied_softmax_loss_f32_avx2, tied_softmax_loss_f32_avx512;
+extern const LossKernels<double> tied_softmax_loss_f64_avx2, tied_softmax_loss_f64_avx512;
+
+namespace {
+
+constexpr const char* kOp = "tied_softmax_loss";
+
+const LossKernels<float> tied_softmax_loss_f32_portable = loss_kernels<F32>();
+const LossKernels<double> tied_softmax_loss_f64_portable = loss_kernels<F64>();
+
+template <typename T>
+const LossKernels<T>& kernels();
+
+template <>
+const LossKernels<float>& kernels<float>() {
+  return CHOOSE_BY_ISA(tied_softmax_loss_f32);
+}
+template <>
+const LossKernels<double>& kernels<double>() {
+  return CHOOSE_BY_ISA(tied_softmax_loss_f64);
+}
+
+struct Options {
+  Options(double temperature, double softcap, double label_smoothing, double z_loss)
+      : temperature(temperature), softcap(softcap), smoothing(label_smoothing), z_loss(z_loss) {
+    CHECK(temperature > 0, kOp, ": temperature must be > 0; got ", temperature);
+    CHECK(softcap >= 0, kOp, ": softcap must be >= 0 (0 is off); got ", softcap);
+  }
+  double temperature, softcap, smoothing, z_loss;
+};
+
+// The rows [first, first + count) of those that take part, packed, and their targets in the order
+// in which the kernels meet them.
+template <typename T>
+struct Chunk {
+  Chunk(const Scores& scores, const Kept& kept, int64_t first, int64_t count)
+      : packed(count, scores.table.width, kernels<T>().lanes), targets(count) {
+    kernels<T>().pack(scores.hidden, kept.source.data() + first, packed.view);
+    for (int64_t i = 0; i < count; ++i) targets[i] = {kept.target[first + i], i};
+    std::sort(targets.begin(), targets.end(), [](const Target& a, const Target& b) {
+      const int64_t left = a.item / kTile, right = b.item / kTile;
+      return left != right ? left < right : a.row < b.row;
+    });
+  }
+  Packed<T> packed;
+  std::vector<Target> targets;
+};
+
+// ---- forward
+
+template <typename T>
+void forward_chunk(const Scores& scores, const Kept& kept, const Options& options, int64_t first,
+                   int64_t count, T* loss, double* lse) {
+  const Chunk<T> chunk(scores, kept, first, count);
+  const int64_t lane_rows = chunk.packed.lane_rows, threads = scores.threads(count);
+  const Buffer<T> top(threads * lane_rows);
+  const Buffer<double> total(threads * lane_rows), z_sum(threads * lane_rows);
+  const Buffer<double> target_score(count);
+  split_tiles(scores.tiles, threads, [&](int64_t thread, int64_t tile, int64_t stop) {
+    LossForward<T> a;
+    a.table = scores.table;
+    a.rows = chunk.packed.view;
+    a.targets = chunk.targets.data();
+    a.inverse_temperature = static_cast<T>(1 / options.temperature);
+    a.softcap = static_cast<T>(options.softcap);
+    a.top = top.data() + thread * lane_rows;
+    a.total = total.data() + thread * lane_rows;
+    a.z_sum = options.smoothing != 0 ? z_sum.data() + thread * lane_rows : nullptr;
+    a.target_score = target_score.data();
+    std::fill_n(a.top, lane_rows, std::numeric_limits<T>::lowest());
+    std::fill_n(a.total, lane_rows, 0.0);
+    std::fill_n(z_sum.data() + thread * lane_rows, lane_rows, 0.0);
+    const Buffer<T> scratch(loss_scratch<T>(a.rows.padded));
+    kernels<T>().forward(a, tile, stop, scratch.data());
+  });
+  for (int64_t i = 0; i < count; ++i) {
+    T highest = std::numeric_limits<T>::lowest();
+    for (int64_t t = 0; t < threads; ++t) highest = std::max(highest, top[t * lane_rows + i]);
+    double sum = 0, z_total = 0;
+    for (int64_t t = 0; t < threads; ++t) {
+      const double apart = static_cast<double>(top[t * lane_rows + i]) - highest;
+      sum += total[t * lane_rows + i] * std::exp(apart);
+      z_total += z_sum[t * lane_rows + i];
+    }
+    // Not through lse: near 0 the loss is far more exact than lse.
+    const double log_sum = std::log(sum);
+    const double row_lse = highest + log_sum;
+    double row_loss = log_sum - (target_score[i] - highest);
+    if (options.smoothing != 0) {
+      const double mean = z_total / static_cast<double>(scores.table.count);
+      row_loss =
+          (1 - options.smoothing) * row_loss + options.smoothing * (log_sum - (mean - highest));
+    }
+    row_loss += options.z_loss != 0 ? options.z_loss * row_lse * row_lse : 0;
+    const int64_t slot = kept.slot[first + i];
+    loss[slot] = static_cast<T>(row_loss);
+    lse[slot] = row_lse;
+  }
+}
+
+template <typename T>
+void forward(const Scores& scores, const Kept& kept, const Options& options, T* loss, double* lse) {
+  const int64_t lanes = kernels<T>().lanes, padded = round_up(scores.table.width, lanes);
+  const int64_t row_bytes = 2 * padded * sizeof(T) + scores.threads(kept.count) * (sizeof(T) + 16);
+  const int64_t step = rows_per_chunk(kept.count, row_bytes, kBlock<T>);
+  for (int64_t first = 0; first < kept.count; first += step) {
+    forward_chunk<T>(scores, kept, options, first, std::min(step, kept.count - first), loss, lse);
+  }
+}
+
+std::tuple<Tensor, Tensor> tied_softmax_loss_fwd_cpu(
+    const Tensor& hidden, const Tensor& items, const Tensor& target,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& rows, double temperature,
+    double softcap, double label_smoothing, double z_loss, int64_t ignore_index) {
+  const Scores scores(kOp, hidden, items, bias);
+  const Options options(temperature, softcap, label_smoothing, z_loss);
+  const Kept kept(kOp, scores, rows, &target, ignore_index);
+  const ScalarType type = scores.is_double() ? ScalarType::Double : ScalarType::Float;
+  Tensor loss = torch::stable::new_zeros(hidden, {kept.size}, type);
+  Tensor lse = torch::stable::new_zeros(hidden, {kept.size}, ScalarType::Double);
+  double* lse_data = lse.mutable_data_ptr<double>();
+  if (scores.is_double()) {
+    forward<double>(scores, kept, options, loss.mutable_data_ptr<double>(), lse_data);
+  } else {
+    forward<float>(scores, kept, options, loss.mutable_data_ptr<float>(), lse_data);
+  }
+  return {loss, lse};
+}
+
+// ---- backward
+
+// Gradients of the outputs, one-dimensional with any stride: autograd expands a scalar with 0.
+template <typename T>
+struct Values {
+  Values(const char* name, const Tensor& tensor, int64_t count)
+      : data(tensor.const_data_ptr<T>()), stride(count > 0 ? tensor.stride(0) : 0) {
+    CHECK(tensor.dim() == 1 && tensor.size(0) == count, kOp, ": ", name, " must have shape (",
+          count, ",)");
+  }
+  double operator[](int64_t i) const { return static_cast<double>(data[i * stride]); }
+  const T* data;
+  int64_t stride;
+};
+
+struct Outputs {
+  Tensor dhidden, ditems, dbias;
+  bool need_hidden, need_items, need_bias;
+};
+
+template <typename T>
+struct Backward {
+  const Scores& scores;
+  const Kept& kept;
+  const Options& options;
+  Values<T> dloss, dlse;
+  Values<double> lse;
+  T* dhidden;  // (N, D), added to; or null
+  void* ditems;
+  T* dbias;
+
+  void run(int64_t first, int64_t count, bool want_hidden, bool want_items, bool add) const;
+  void add_rows(const Buffer<T>& drows, int64_t first, int64_t count, int64_t padded,
+                int64_t threads) const;
+};
+
+template <typename T>
+void Backward<T>::run(int64_t first, int64_t count, bool want_hidden, bool want_items,
+                      bool add) const {
+  const Chunk<T> chunk(scores, kept, first, count);
+  const int64_t lane_rows = chunk.packed.lane_rows, padded = chunk.packed.view.padded;
+  const int64_t threads = scores.threads(count);
+  const Buffer<T> shift(lane_rows), weight(lane_rows), constant(lane_rows), share(lane_rows);
+  for (int64_t i = 0; i < lane_rows; ++i) {
+    shift[i] = std::numeric_limits<T>::infinity();
+    weight[i] = constant[i] = share[i] = 0;
+    if (i >= count) continue;
+    const int64_t slot = kept.slot[first + i];
+    // every logit's gradient has the factor 1 / temperature
+    const double of_loss = dloss[slot] / options.temperature;
+    const double of_lse = dlse[slot] / options.temperature;
+    shift[i] = static_cast<T>(lse[slot]);
+    // What rounding took from lse: at |lse| = 1e4 it is 1e-3 of every probability.
+    const double rest = lse[slot] - static_cast<double>(shift[i]);
+    const double factor = of_loss * (1 + 2 * options.z_loss * lse[slot]) + of_lse;
+    weight[i] = static_cast<T>(rest == 0 ? factor : factor * std::exp(-rest));
+    constant[i] =
+        static_cast<T>(-of_loss * options.smoothing / static_cast<double>(scores.table.count));
+    share[i] = static_cast<T>(of_loss * (options.smoothing - 1));
+  }
+  const Buffer<T> drows(want_hidden ? threads * count * padded : 0);
+  split_tiles(scores.tiles, threads, [&](int64_t thread, int64_t tile, int64_t stop) {
+    LossBackward<T> a;
+    a.table = scores.table;
+    a.rows = chunk.packed.view;
+    a.targets = chunk.targets.data();
+    a.inverse_temperature = static_cast<T>(1 / options.temperature);
+    a.softcap = static_cast<T>(options.softcap);
+    a.shift = shift.data();
+    a.weight = weight.data();
+    a.constant = constant.data();
+    a.share = share.data();
+    a.drows = want_hidden ? drows.data() + thread * count * padded : nullptr;
+    a.ditems = want_items ? ditems : nullptr;
+    a.dbias = want_items ? dbias : nullptr;
+    a.add = add;
+    if (want_hidden) std::fill_n(a.drows, count * padded, T(0));
+    const Buffer<T> scratch(loss_scratch<T>(padded));
+    kernels<T>().backward(a, tile, stop, scratch.data());
+  });
+  if (want_hidden) add_rows(drows, first, count, padded, threads);
+}
+
+template <typename T>
+void Backward<T>::add_rows(const Buffer<T>& drows, int64_t first, int64_t count, int64_t padded,
+                           int64_t threads) const {
+  for (int64_t i = 0; i < count; ++i) {  // in order: a row may be named twice
+    T* out = dhidden + kept.source[first + i] * scores.table.width;
+    for (int64_t k = 0; k < scores.table.width; ++k) {
+      T sum = 0;
+      for (int64_t t = 0; t < threads; ++t) sum += drows[(t * count + i) * padded + k];
+      out[k] += sum;
+    }
+  }
+}
+
+template <typename T>
+void backward(const Backward<T>& b, bool need_hidden, bool need_items) {
+  const int64_t count = b.kept.count, lanes = kernels<T>().lanes;
+  const int64_t padded = round_up(b.scores.table.width, lanes);
+  const int64_t partial = need_hidden ? b.scores.threads(count) : 0;
+  const int64_t row_bytes = (2 + partial) * padded * static_cast<int64_t>(sizeof(T)) + 64;
+  const int64_t step = rows_per_chunk(count, row_bytes, kBlock<T>);
+  // Sums of several chunks would be rounded to 16 bits between them: all rows at once for ditems.
+  const bool apart = need_items && step < count && b.scores.is_half();
+  if (apart || count == 0) b.run(0, count, false, need_items, false);
+  if (apart && !need_hidden) return;
+  for (int64_t first = 0; first < count; first += step) {
+    b.run(first, std::min(step, count - first), need_hidden, need_items && !apart, first > 0);
+  }
+}
+
+template <typename T>
+void run_backward(const Scores& scores, const Kept& kept, const Options& options,
+                  const Tensor& dloss, const Tensor& dlse, const Tensor& lse, Outputs& out) {
+  const ScalarType type = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+  const auto in_type = [&](const Tensor& like, bool needed) {
+    if (!needed || like.scalar_type() == type) return like;
+    return torch::stable::new_zeros(like, like.sizes(), type);  // rounded to 16 bits once, below
+  };
+  Tensor dhidden = in_type(out.dhidden, out.need_hidden);
+  Tensor dbias = in_type(out.dbias, out.need_bias);
+  const Backward<T> b{scores,
+                      kept,
+                      options,
+                      Values<T>("dloss", dloss, kept.size),
+                      Values<T>("dlse", dlse, kept.size),
+                      Values<double>("lse", lse, kept.size),
+                      out.need_hidden ? dhidden.template mutable_data_ptr<T>() : nullptr,
+                      out.need_items ? out.ditems.mutable_data_ptr() : nullptr,
+                      out.need_bias ? dbias.template mutable_data_ptr<T>() : nullptr};
+  backward<T>(b, out.need_hidden, out.need_items || out.need_bias);
+  if (out.need_hidden && dhidden.scalar_type() != out.dhidden.scalar_type()) {
+    torch::stable::copy_(out.dhidden, dhidden);
+  }
+  if (out.need_bias && dbias.scalar_type() != out.dbias.scalar_type()) {
+    torch::stable::copy_(out.dbias, dbias);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> tied_softmax_loss_bwd_cpu(
+    const Tensor& dloss, const Tensor& dlse, const Tensor& hidden, const Tensor& items,
+    const Tensor& target, const std::optional<Tensor>& bias, const std::optional<Tensor>& rows,
+    const Tensor& lse, double temperature, double softcap, double label_smoothing, double z_loss,
+    int64_t ignore_index, bool need_hidden, bool need_items, bool need_bias) {
+  const Scores scores(kOp, hidden, items, bias);
+  const Options options(temperature, softcap, label_smoothing, z_loss);
+  const Kept kept(kOp, scores, rows, &target, ignore_index);
+  const auto like = [](const Tensor& tensor, bool needed, bool zero) {
+    if (!needed) return torch::stable::new_empty(tensor, {0});
+    return zero ? torch::stable::new_zeros(tensor, tensor.sizes())
+                : torch::stable::new_empty(tensor, tensor.sizes());
+  };
+  need_bias = need_bias && bias.has_value();
+  Outputs out{like(hidden, need_hidden, true),
+              like(items, need_items, false),
+              like(bias.has_value() ? *bias : hidden, need_bias, false),
+              need_hidden,
+              need_items,
+              need_bias};
+  if (scores.is_double()) {
+    run_backward<double>(scores, kept, options, dloss, dlse, lse, out);
+  } else {
+    run_backward<float>(scores, kept, options, dloss, dlse, lse, out);
+  }
+  return {out.dhidden, out.ditems, out.dbias};
+}
+
+}  // namespace
+}  // namespace t4r_fast
+
+STABLE_TORCH_LIBRARY_IMPL(t4r_fast, CPU, m) {
+  m.impl("tied_softmax_loss_fwd", TORCH_BOX(&t4r_fast::tied_softmax_loss_fwd_cpu));
+  m.impl("tied_softmax_loss_bwd", TORCH_BOX(&t4r_fast::tied_softmax_loss_bwd_cpu));
+}

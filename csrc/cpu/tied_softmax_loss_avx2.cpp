@@ -1,0 +1,12 @@
+#include "simd_avx2.h"
+// The vector unit comes first.
+#include "tied_softmax_loss_kernel.h"
+
+namespace t4r_fast {
+
+extern const LossKernels<float> tied_softmax_loss_f32_avx2;
+extern const LossKernels<double> tied_softmax_loss_f64_avx2;
+const LossKernels<float> tied_softmax_loss_f32_avx2 = loss_kernels<F32>();
+const LossKernels<double> tied_softmax_loss_f64_avx2 = loss_kernels<F64>();
+
+}  // namespace t4r_fast

@@ -1,0 +1,221 @@
+"""The C++ kernels of the item ops: block boundaries, instruction sets, threads, offsets, memory."""
+
+import itertools
+import os
+import platform
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from harness import ROOT, check, lanes, run_on
+from test_tied_softmax_loss import make_inputs, naive
+
+from t4r_fast import backend
+from t4r_fast.ops.tied_softmax_loss import tied_softmax_loss
+
+LOSS = "tied_softmax_loss"
+# Panels of 48 rows (24 of float64) in vectors of 2 to 16, blocks of 96 and 192 rows, tiles of 96
+# items, chunks of 64 (32) columns; up to 4 rows take another way. A Latin square of the boundaries.
+ROWS = (1, 2, 3, 4, 5, 8, 16, 17, 33, 47, 48, 49, 96, 97, 192, 193, 385)
+ITEMS = (1, 2, 6, 95, 96, 97, 191, 193, 290)
+WIDTHS = (1, 3, 4, 8, 15, 16, 17, 31, 64, 65, 96, 128, 132, 257)
+SHAPES = [
+    (n, v, d)
+    for i, n in enumerate(ROWS)
+    for v, d in [(ITEMS[i % 9], WIDTHS[i * 5 % 14]), (ITEMS[(i + 4) % 9], WIDTHS[(i * 3 + 7) % 14])]
+]
+
+
+def gradients(inputs, **options):
+    leaves = [inputs["hidden"].clone().requires_grad_(), inputs["items"].clone().requires_grad_()]
+    loss = tied_softmax_loss(*leaves, inputs["target"], **options)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_block_boundaries(shape, dtype):
+    """Logits of size 1, so that every item's gradient is large: what is lost at an edge shows."""
+    inputs = make_inputs(*shape, bias=shape[1] % 2 == 0)
+    inputs["target"][-1] = shape[1] - 1
+    temperature, names = shape[2] ** 0.5, ["hidden", "items", "bias"]
+    found = []
+    for function, compute in ((tied_softmax_loss, dtype), (naive, torch.float64)):
+        given = {k: t.to(dtype) if t.is_floating_point() else t for k, t in inputs.items()}
+        given = {k: t.to(compute) if t.is_floating_point() else t for k, t in given.items()}
+        leaves = [given[k].requires_grad_() for k in names if k in given]
+        with backend.use("cpu"):
+            loss, lse = function(
+                **given, temperature=temperature, reduction="none", return_lse=True
+            )
+            weights = torch.linspace(0.5, 2, len(loss), dtype=torch.float64).to(loss.dtype)
+            grads = torch.autograd.grad((weights * loss).sum() + lse.sum(), leaves)
+        found.append([loss.detach(), lse.detach(), *grads])
+    for ours, truth in zip(*found, strict=True):
+        error = (ours.double() - truth).abs().max()
+        assert error <= 8 * torch.finfo(ours.dtype).eps * max(truth.abs().max(), 1)
+
+
+def test_more_rows_than_one_workspace_holds():
+    """Rows go in chunks then, and 16-bit gradients are still rounded once."""
+    inputs = make_inputs(120_000, 30, 64)
+    for dtype in (torch.float32, torch.bfloat16):
+        options = {"reduction": "sum", "temperature": 8.0}
+        check("cpu", tied_softmax_loss, naive, inputs, options, dtype, ("hidden", "items"))
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
+def test_only_the_gradients_that_are_needed(needs):
+    inputs = make_inputs(50, 100, 20, bias=True)
+    found = []
+    for name in ("cpu", "reference"):
+        leaves = {k: inputs[k].clone() for k in ("hidden", "items", "bias")}
+        wanted = [t.requires_grad_() for t, need in zip(leaves.values(), needs) if need]
+        with backend.use(name):
+            loss = tied_softmax_loss(target=inputs["target"], **leaves)
+            found.append(torch.autograd.grad(loss, wanted) if wanted else (loss,))
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-7)
+
+
+def test_loss_near_zero_keeps_its_digits():
+    """Where the target wins by far, loss = log(1 + tiny) must not be a difference of large lse."""
+    hidden, items = torch.tensor([[30.0]]), torch.tensor([[1.0], [0.5]])
+    loss = tied_softmax_loss(hidden, items, torch.tensor([0]))
+    assert loss.item() == pytest.approx(3.059023e-07, abs=1e-7)  # log1p(exp(-15))
+
+
+def test_small_gradients_are_not_dropped():
+    """Items with probability 1e-30 still get theirs, to a relative 1e-5."""
+    hidden = torch.full((1, 1), 1.0)
+    items = -torch.linspace(0, 69, 200)[:, None]
+    leaf = items.clone().requires_grad_()
+    tied_softmax_loss(hidden, leaf, torch.tensor([0])).backward()
+    truth = items.double()[:, 0].softmax(0)
+    truth[0] -= 1
+    torch.testing.assert_close(leaf.grad[:, 0].double(), truth, rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_repeats_bit_for_bit_with_threads(threads):
+    before = torch.get_num_threads()
+    inputs = make_inputs(100, 3000, 33)
+    single = gradients(inputs)
+    try:
+        torch.set_num_threads(threads)
+        first, second = gradients(inputs), gradients(inputs)
+    finally:
+        torch.set_num_threads(before)
+    for a, b, c in zip(first, second, single, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-6)
+
+
+def test_callers_at_the_same_time():
+    cases = [make_inputs(60 + i, 700, 24) for i in range(6)]
+    alone = [gradients(case) for case in cases]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(gradients, cases * 3))
+    for i, found in enumerate(together):
+        assert all(torch.equal(a, b) for a, b in zip(found, alone[i % 6], strict=True))
+
+
+def test_offsets_past_2_to_the_31():
+    """Three rows of a table that spans 2**31 elements; only they are touched."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        table = torch.empty(2**31 + 64, dtype=torch.bfloat16)
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+    items = table.as_strided((3, 8), (2**30, 1))
+    items.copy_(torch.arange(24).reshape(3, 8) / 24)
+    inputs = make_inputs(7, 3, 8)
+    hidden = inputs["hidden"].bfloat16()
+    far, near = (tied_softmax_loss(hidden, w, inputs["target"]) for w in (items, items.clone()))
+    assert torch.equal(far, near)
+
+
+@pytest.mark.parametrize("names", [("fwd",), ("bwd",)], ids=str)
+def test_opcheck(names):
+    inputs = make_inputs(9, 30, 6, bias=True)
+    rows = torch.tensor([8, 0, -1, 3, 3])
+    tensors = [inputs[k] for k in ("hidden", "items", "target", "bias")] + [rows]
+    options = (2.0, 3.0, 0.1, 0.01, -100)
+    with run_on("cpu", LOSS):
+        loss, lse = torch.ops.t4r_fast.tied_softmax_loss_fwd(*tensors, *options)
+    if names == ("fwd",):
+        torch.library.opcheck(torch.ops.t4r_fast.tied_softmax_loss_fwd, (*tensors, *options))
+    else:
+        given = (torch.ones_like(loss), torch.ones_like(loss), *tensors, lse, *options)
+        for needs in ((True, True, True), (False, True, False)):
+            torch.library.opcheck(torch.ops.t4r_fast.tied_softmax_loss_bwd, (*given, *needs))
+
+
+def python(code, **environment):
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": paths, **environment},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+MEMORY = """
+import resource, torch
+from t4r_fast.ops.tied_softmax_loss import tied_softmax_loss
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def step(n, v):
+    hidden, items = torch.randn(n, 16, requires_grad=True), torch.randn(v, 16, requires_grad=True)
+    target = torch.randint(0, v, (n,))
+    start = peak()
+    tied_softmax_loss(hidden, items, target).backward()
+    return peak() - start - 4 * (hidden.numel() + items.numel())
+step(8, 8)
+print(step(4096, 40_000))
+"""
+
+
+def test_memory_beyond_gradients_is_below_64_mib():
+    """4096 x 40,000 logits would be 625 MiB."""
+    done = python(MEMORY)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 64 * 2**20
+
+
+def has(isa):
+    flags = Path("/proc/cpuinfo").read_text() if platform.machine() == "x86_64" else ""
+    return isa == "portable" or {"avx2": " avx2 ", "avx512": " avx512dq "}.get(isa, "?") in flags
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    """The kernels' tests once more in a process that is told what to take."""
+    if os.environ.get("T4R_FAST_CPU_ISA"):
+        pytest.skip("this process is told already")
+    if has(isa) and not has({"portable": "avx2", "avx2": "avx512"}.get(isa, "none")):
+        pytest.skip("this process takes it by itself")
+    ops = [op for op in (LOSS, "target_rank", "item_topk") if "cpu" in lanes(op)]
+    files = [str(ROOT / f"tests/test_{op}.py") for op in ops]
+    chosen = "block_boundaries or (one-chunk and cpu)"
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
+    code = f"import pytest; raise SystemExit(pytest.main({[*files, __file__, *options]!r}))"
+    done = python(code, T4R_FAST_CPU_ISA=isa)
+    if has(isa):
+        assert done.returncode == 0, done.stdout + done.stderr
+    else:
+        assert "which this CPU does not have" in done.stdout
+
+
+def test_unknown_instruction_set_is_refused():
+    code = "import torch; from t4r_fast.ops.tied_softmax_loss import tied_softmax_loss as f\n"
+    code += "f(torch.ones(1, 2), torch.ones(3, 2), torch.tensor([0]))"
+    done = python(code, T4R_FAST_CPU_ISA="sse9")
+    assert done.returncode != 0
+    assert "T4R_FAST_CPU_ISA must be portable, avx2 or avx512; got sse9" in done.stderr
