@@ -295,6 +295,46 @@ def test_untied_weights_and_temperature():
     assert inputs is untied.heads[0].inputs
 
 
+def sampled(schema, sampler, samples=2000):
+    torch.manual_seed(3)
+    model = cells.gru(schema, True)
+    task = tr.NextItemPredictionTask(
+        weight_tying=True, sampled_softmax=True, max_n_samples=samples, sampler=sampler
+    )
+    torch.manual_seed(4)
+    return tr.Model(tr.Head(model.heads[0].body, task))
+
+
+def test_sampled_softmax_trains_towards_the_full_one():
+    schema = cells.schema(**SMALL)
+    batch = cells.batch(schema.select_by_name([cells.ITEM]), 30)
+    model = sampled(schema, "log_uniform")
+    drawn = [model(batch, training=True)["loss"].item() for _ in range(4)]
+    assert len(set(drawn)) == 4
+    logits = model(batch, training=True)["predictions"]
+    # the exact softmax over the ids that can be drawn: all but padding
+    labels = logits.labels[logits.labels != 0]
+    exact = torch.nn.functional.cross_entropy(logits.dense()[:, 1:], labels - 1).item()
+    assert sum(drawn) / 4 == pytest.approx(exact, rel=0.01)
+    model(batch, training=True)["loss"].backward()
+    assert model.heads[0].inputs.item_embedding_table.weight.grad.abs().sum() > 0
+    full = model.eval()(batch, testing=True)
+    want = torch.nn.functional.cross_entropy(full["predictions"].dense(), full["labels"])
+    torch.testing.assert_close(full["loss"], want)
+
+
+def test_sampled_softmax_follows_the_reference_with_a_warning(monkeypatch):
+    monkeypatch.setattr(compat, "_warned", set())
+    schema = cells.schema(**SMALL)
+    with pytest.warns(compat.CompatWarning, match="rare items are never drawn"):
+        task = tr.NextItemPredictionTask(sampled_softmax=True)
+    assert task.sampler == "t4rec"
+    assert task.max_n_samples == 100
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sampled(schema, "uniform")
+
+
 def test_says_that_it_projects(caplog):
     with caplog.at_level(logging.WARNING, logger="t4r_fast"):
         cells.gru(cells.schema(**SMALL))
@@ -355,7 +395,25 @@ def test_body_compiles_to_one_graph():
             "needs a masking",
         ),
         (lambda s: tr.NextItemPredictionTask(softmax_temperature=0), ValueError, "must be > 0"),
-        (lambda s: tr.NextItemPredictionTask(sampled_softmax=True), TypeError, "sampled_softmax"),
+        (lambda s: tr.NextItemPredictionTask(sampled=True), TypeError, "sampled"),
+        (lambda s: tr.NextItemPredictionTask(sampler="uniform"), ValueError, "needs sampled_softm"),
+        (
+            lambda s: tr.NextItemPredictionTask(sampled_softmax=True, sampler="alias"),
+            ValueError,
+            "sampler must be one of log_uniform, uniform, t4rec; got 'alias'",
+        ),
+        (
+            lambda s: tr.NextItemPredictionTask(sampled_softmax=True, max_n_samples=0),
+            ValueError,
+            "max_n_samples must be >= 1",
+        ),
+        (
+            lambda s: tr.NextItemPredictionTask(
+                loss=torch.nn.CrossEntropyLoss(label_smoothing=0.1), sampled_softmax=True
+            ),
+            ValueError,
+            "without class weights or label smoothing",
+        ),
         (lambda s: tr.MLPBlock([]), ValueError, "dimensions must be positive"),
         (lambda s: tr.SequentialBlock(tr.MLPBlock([3])), ValueError, "known output size"),
         (lambda s: tr.XLNetConfig.build(10, 3, 1, 5), ValueError, "multiple of n_head, 3; got 10"),

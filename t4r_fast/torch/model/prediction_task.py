@@ -9,8 +9,9 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from t4r_fast.compat import get_compat
+from t4r_fast.compat import get_compat, warn_once
 from t4r_fast.ops.item_topk import item_topk
+from t4r_fast.ops.sampled_softmax_loss import SAMPLERS, sampled_softmax_loss
 from t4r_fast.ops.tied_softmax_loss import tied_softmax_loss
 from t4r_fast.torch.block.base import BuildableBlock, takes_mode
 from t4r_fast.torch.block.mlp import MLPBlock
@@ -59,13 +60,20 @@ class NextItemPredictionTask(nn.Module):
     softmax_temperature  > 0; scores are divided by it
     padding_idx          the id of padding; the masking's wins
     target_dim           number of items without weight tying; None: rows of the item table
+    sampled_softmax      train on the target and max_n_samples drawn negatives instead of all items;
+                         evaluation and inference score all items as always
+    max_n_samples        negatives per batch
+    sampler              how they are drawn, see t4r_fast.sampled_softmax_loss: "log_uniform" (item
+                         ids must be sorted by popularity, as `t4r-fast etl` gives them), "uniform",
+                         or "t4rec", the reference's, which never draws rare items. None: "t4rec",
+                         with a warning
     hf_format            accepted from 0.1.x: the output is a dict in any case
 
     Training and evaluation return loss, labels and predictions. labels (M,) int64 holds one entry
     per place where a target may stand, padding where none does; predictions are LazyLogits: nothing
     N x V is formed until somebody asks. Inference returns the scores (B, V), or (scores, ids) with
-    `top_k`. Padding, nulls and unknown items take part in the softmax and in the ranking, as in the
-    reference. Sampled softmax is not there yet.
+    `top_k`. Padding, nulls and unknown items take part in the full softmax and in the ranking, as
+    in the reference; "log_uniform" and "uniform" never draw padding.
     Replaces transformers4rec.torch.NextItemPredictionTask.
     """
 
@@ -80,6 +88,9 @@ class NextItemPredictionTask(nn.Module):
         padding_idx: int = 0,
         target_dim: int | None = None,
         hf_format: bool = False,
+        sampled_softmax: bool = False,
+        max_n_samples: int = 100,
+        sampler: str | None = None,
     ) -> None:
         super().__init__()
         if not softmax_temperature > 0:
@@ -88,6 +99,8 @@ class NextItemPredictionTask(nn.Module):
                 f" {softmax_temperature}"
             )
         self.loss = nn.CrossEntropyLoss() if loss is None else loss
+        self.sampler = _checked_sampler(sampled_softmax, max_n_samples, sampler, self.loss)
+        self.max_n_samples = max_n_samples
         self.metrics = nn.ModuleList(_default_metrics() if metrics is None else metrics)
         self._task_block = task_block
         self.task_block: nn.Module | None = None
@@ -195,7 +208,24 @@ class NextItemPredictionTask(nn.Module):
             padding_idx=self.padding_idx,
             log_probabilities=self._log_probabilities,
         )
-        return {"loss": self._loss(logits), "labels": labels, "predictions": logits}
+        sampled = training and self.sampler is not None
+        loss = self._sampled_loss(logits) if sampled else self._loss(logits)
+        return {"loss": loss, "labels": labels, "predictions": logits}
+
+    def _sampled_loss(self, logits: LazyLogits) -> torch.Tensor:
+        return sampled_softmax_loss(
+            logits.hidden,
+            logits.items,
+            logits.labels,
+            num_negatives=self.max_n_samples,
+            sampler=self.sampler,
+            bias=logits.bias,
+            temperature=self.softmax_temperature,
+            ignore_index=self.padding_idx,
+            reduction=self.loss.reduction,
+            low=0 if self.sampler == "t4rec" else self.padding_idx + 1,
+            sparse=False,
+        )
 
     def _loss(self, logits: LazyLogits) -> torch.Tensor:
         loss = self.loss
@@ -264,6 +294,39 @@ def _default_metrics() -> list[RankingMetric]:
     # Made anew for each task: the reference shares one set between all models of a process.
     kinds = (NDCGAt, AvgPrecisionAt, RecallAt)
     return [kind(top_ks=[10, 20], labels_onehot=True) for kind in kinds]
+
+
+def _checked_sampler(
+    sampled_softmax: bool, max_n_samples: int, sampler: str | None, loss: nn.Module
+) -> str | None:
+    """The sampler in force; None for the softmax over all items."""
+    if not sampled_softmax:
+        if sampler is not None:
+            raise ValueError(
+                f"NextItemPredictionTask: sampler={sampler!r} needs sampled_softmax=True"
+            )
+        return None
+    if max_n_samples < 1:
+        raise ValueError(f"NextItemPredictionTask: max_n_samples must be >= 1; got {max_n_samples}")
+    if not _is_plain_cross_entropy(loss) or getattr(loss, "label_smoothing", 0.0):
+        raise ValueError(
+            "NextItemPredictionTask: sampled_softmax needs torch.nn.CrossEntropyLoss without"
+            " class weights or label smoothing"
+        )
+    known = [s for s in SAMPLERS if s != "popularity"]
+    if sampler is None:
+        warn_once(
+            "sampler",
+            "sampled_softmax draws negatives as Transformers4Rec does: it keeps the lowest ids of"
+            " its draws and corrects for the wrong probabilities, so that rare items are never"
+            " drawn; give sampler='log_uniform' for the right ones",
+        )
+        return "t4rec"
+    if sampler not in known:
+        raise ValueError(
+            f"NextItemPredictionTask: sampler must be one of {', '.join(known)}; got {sampler!r}"
+        )
+    return sampler
 
 
 def _is_plain_cross_entropy(loss: nn.Module) -> bool:
