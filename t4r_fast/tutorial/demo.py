@@ -39,7 +39,10 @@ _TRAINING = TrainingOptions(
     dropout=0.1,
     max_sequence_length=12,
 )
-DEMO = DemoSize(items=600, days=4, sessions_per_day=12_000, training=_TRAINING)
+# 100 views an item at the end: enough to learn from, and few enough that what a model knows of an
+# item's category, brand and price still counts. At 220 views item-only XLNet has caught up (both
+# measured with seed 0: NDCG@20 .187 and .268 with side information, then .342 and .323).
+DEMO = DemoSize(items=1_000, days=4, sessions_per_day=9_000, training=_TRAINING)
 QUICK = DemoSize(items=500, days=3, sessions_per_day=6_000, training=_TRAINING)
 
 
