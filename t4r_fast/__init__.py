@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from t4r_fast.ops.sequence_embedding import sequence_embedding
     from t4r_fast.ops.target_rank import target_rank
     from t4r_fast.ops.tied_softmax_loss import tied_softmax_loss
+    from t4r_fast.ops.tied_table_step import tied_table_step
 
 __all__ = [
     "PopularityTable",
@@ -47,6 +48,7 @@ __all__ = [
     "set_compat",
     "target_rank",
     "tied_softmax_loss",
+    "tied_table_step",
 ]
 
 

@@ -32,6 +32,13 @@ struct PortableSimd {
   static V sub(V a, V b) { return a - b; }
   static V mul(V a, V b) { return a * b; }
   static V div(V a, V b) { return a / b; }
+  static V sqrt(V a) {
+    for (int i = 0; i < L; ++i) {
+      a[i] = sizeof(T) == 4 ? static_cast<T>(__builtin_sqrtf(static_cast<float>(a[i])))
+                            : static_cast<T>(__builtin_sqrt(static_cast<double>(a[i])));
+    }
+    return a;
+  }
   static V fma(V a, V b, V c) { return a * b + c; }
   static V max(V a, V b) { return a > b ? a : b; }  // b where one is nan
   static M greater(V a, V b) { return a > b; }

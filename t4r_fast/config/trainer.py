@@ -52,6 +52,9 @@ _GONE: dict[str, Any] = {
 # Fields of the reference that it never reads.
 _UNREAD = {"eval_on_test_set": False, "experiments_group": "default"}
 
+# The rules of t4r_fast.optim for the item table.
+_TABLE_RULES = ("sgd", "adagrad", "adamw", "rowwise_adagrad", "rowwise_adamw")
+
 
 @dataclasses.dataclass
 class _Fields(TrainingArguments):
@@ -88,6 +91,13 @@ class _Fields(TrainingArguments):
     compute_metrics_each_n_steps: int = dataclasses.field(
         default=1, metadata={"help": "Count every n-th evaluation batch into the metrics."}
     )
+    table_optimizer: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Step the item table without forming its gradient: sgd, adagrad, adamw,"
+            " rowwise_adagrad or rowwise_adamw."
+        },
+    )
     experiments_group: str = dataclasses.field(
         default="default", metadata={"help": "No effect, as in the reference."}
     )
@@ -106,6 +116,9 @@ class T4RecTrainingArguments(_Fields):
     learning_rate_num_cosine_cycles_by_epoch   waves of a cosine schedule per epoch
     log_predictions           call trainer.log_predictions_callback on evaluation batches
     compute_metrics_each_n_steps   count every n-th evaluation batch into the metrics
+    table_optimizer           step the item table without forming its gradient, by "adamw", "sgd",
+                              "adagrad", "rowwise_adamw" or "rowwise_adagrad", and the rest by
+                              AdamW: t4r_fast.optim.for_model. None: `optim` steps all
     eval_on_test_set, experiments_group        no effect, as in the reference
 
     Old names with a successor are mapped (no_cuda, evaluation_strategy, per_gpu_*_batch_size,
@@ -137,6 +150,11 @@ class T4RecTrainingArguments(_Fields):
             raise InputError(
                 "T4RecTrainingArguments: max_sequence_length must be >= 1 or None; got"
                 f" {self.max_sequence_length}"
+            )
+        if self.table_optimizer not in (None, *_TABLE_RULES):
+            raise InputError(
+                f"T4RecTrainingArguments: table_optimizer must be one of {', '.join(_TABLE_RULES)},"
+                f" or None; got {self.table_optimizer!r}"
             )
         for name, nothing in _UNREAD.items():
             if getattr(self, name) != nothing:
@@ -222,6 +240,17 @@ def check_arguments(args: Any) -> None:
     for name, why in _WITHOUT_EFFECT.items():
         if getattr(args, name, None) not in (None, False, 0, []):
             warn_once(f"Trainer {name}", f"{name} has no effect: {why}")
+    if args.table_optimizer is not None:
+        if args.optim not in ("adamw_torch", "adamw_torch_fused"):
+            raise InputError(
+                f"Trainer: optim={args.optim.value!r} does not go with table_optimizer, which steps"
+                " all other parameters by AdamW; leave one of them out"
+            )
+        if args.fp16:
+            raise InputError(
+                "Trainer: fp16 does not go with table_optimizer, whose gradient no scaler can look"
+                " through; use bf16=True"
+            )
     if args.train_sampling_strategy not in ("random", "sequential"):
         warn_once(
             "Trainer train_sampling_strategy",

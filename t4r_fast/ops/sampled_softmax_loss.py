@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from t4r_fast import backend
 from t4r_fast.ops._check import check_device, check_scores, check_target
 from t4r_fast.ops._seed import check_seed
+from t4r_fast.ops._table import eagerly, recorded, recorder_of
 from t4r_fast.ops.log_uniform_sample import MAX_SIZE
 from t4r_fast.reference import sampled_softmax_loss as reference
 from t4r_fast.reference._scores import compute_dtype
@@ -161,12 +162,33 @@ def sampled_softmax_loss(
     )
     seed = check_seed(_OP, seed, hidden.device)
     tensors = (target, rows, cumulative, seed)
-    loss = _SampledSoftmaxLoss.apply(hidden, items, bias, *tensors, options, sparse)
+    arguments = (hidden, items, bias, *tensors, options)
+    if recorder_of(items) is None:
+        loss = _SampledSoftmaxLoss.apply(*arguments, (sparse, sparse))
+    else:
+        loss = eagerly(_of_managed, sparse, *arguments)
     if reduction != "none":
         loss = loss.sum()
     if reduction == "mean":
         loss = loss / _count(hidden, target, rows, ignore_index)
     return loss
+
+
+def _of_managed(
+    sparse: bool,
+    hidden: Tensor,
+    items: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    rows: Tensor | None,
+    cumulative: Tensor | None,
+    seed: Tensor,
+    options: reference.Options,
+) -> Tensor:
+    """With the table of an optimizer of t4r_fast.optim, which gets the rows of its gradient."""
+    names = (target, rows, cumulative, seed, options)
+    table = recorded(items, lambda: reference.read_ids(hidden, items, *names))
+    return _SampledSoftmaxLoss.apply(hidden, table, bias, *names, (True, sparse))
 
 
 def _count(hidden: Tensor, target: Tensor, rows: Tensor | None, ignore_index: int) -> Tensor:
@@ -255,10 +277,11 @@ class _SampledSoftmaxLoss(torch.autograd.Function):
         cumulative: Tensor | None,
         seed: Tensor,
         options: reference.Options,
-        sparse: bool,
+        sparse_for: tuple[bool, bool],  # items, bias
     ) -> Tensor:
         ctx.backend = backend.pick(_OP, hidden)
-        ctx.options, ctx.sparse = options, sparse
+        ctx.options = options
+        ctx.sparse, ctx.sparse_bias = sparse_for
         functions = backend.ops(ctx.backend, reference)
         inputs = (hidden, items, target, bias, rows, cumulative, seed)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -282,6 +305,8 @@ class _SampledSoftmaxLoss(torch.autograd.Function):
         if ctx.sparse and (needs[1] or needs[2]):
             ditems = _sparse(ids, ditems, items)
             dbias = None if bias is None else _sparse(ids, dbias, bias)
+            if dbias is not None and not ctx.sparse_bias:
+                dbias = dbias.to_dense()
         return (
             dhidden if needs[0] else None,
             ditems if needs[1] else None,

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from t4r_fast import backend
 from t4r_fast.ops._check import FLOAT_DTYPES, check_device, check_int64, check_values, names
+from t4r_fast.ops._table import eagerly, recorded, recorder_of
 from t4r_fast.reference import sequence_embedding as reference
 
 AGGREGATIONS = ("concat", "sum")
@@ -64,12 +65,36 @@ def sequence_embedding(
         raise ValueError(
             "sequence_embedding: zero_padding needs an id column to find padding; got none"
         )
+    managed = [table is not None and recorder_of(table) is not None for table in tables]
+    sparse_for = tuple(sparse or m for m in managed)
+    options = _Options(aggregation == "sum", zero_padding, padding_idx, sparse_for)
+    if not any(managed):
+        return _look_up(options, mask, mask_vector, columns, tables)
+    return eagerly(_look_up_managed, options, mask, mask_vector, columns, tables)
+
+
+def _look_up(
+    options: _Options,
+    mask: Tensor | None,
+    mask_vector: Tensor | None,
+    columns: list[Tensor],
+    tables: list[Tensor | None],
+) -> Tensor:
     if backend.pick(_OP, columns[0]) == "reference":
-        return reference.sequence_embedding(
-            columns, tables, aggregation, mask, mask_vector, zero_padding, padding_idx, sparse
-        )
-    options = _Options(aggregation == "sum", zero_padding, padding_idx, sparse)
+        return reference.sequence_embedding(columns, tables, mask, mask_vector, *options)
     return _SequenceEmbedding.apply(options, mask, mask_vector, *columns, *tables)
+
+
+def _look_up_managed(
+    options: _Options,
+    mask: Tensor | None,
+    mask_vector: Tensor | None,
+    columns: list[Tensor],
+    tables: list[Tensor | None],
+) -> Tensor:
+    """Tables of an optimizer of t4r_fast.optim are brought up to date, and it gets their rows."""
+    tables = [t if t is None else recorded(t, c.flatten) for c, t in zip(columns, tables)]
+    return _look_up(options, mask, mask_vector, columns, tables)
 
 
 def _check_columns(columns: list[Tensor], tables: list[Tensor | None]) -> None:
@@ -166,7 +191,7 @@ class _Options(NamedTuple):
     sum: bool
     zero_padding: bool
     padding_idx: int
-    sparse: bool
+    sparse: tuple[bool, ...]  # per column
 
 
 class _SequenceEmbedding(torch.autograd.Function):
@@ -217,7 +242,7 @@ class _SequenceEmbedding(torch.autograd.Function):
             mask,
             options.zero_padding,
             options.padding_idx,
-            options.sparse,
+            any(options.sparse),
             [int(c or t) for c, t in zip(of_columns, of_tables)] + [int(needs[2])],
         )
         dcolumns: list[Tensor | None] = [None] * count
@@ -225,11 +250,14 @@ class _SequenceEmbedding(torch.autograd.Function):
         for f, shape in enumerate(ctx.shapes):
             if of_columns[f]:
                 dcolumns[f] = gradients[f].reshape(shape)
-            elif of_tables[f] and options.sparse:
+            elif of_tables[f] and options.sparse[f]:
                 # ids are ascending and different
                 dtables[f] = torch.sparse_coo_tensor(
                     ids[f][None], gradients[f], shape, is_coalesced=True, check_invariants=False
                 )
+            elif of_tables[f] and any(options.sparse):
+                dense = gradients[f].new_zeros(shape)
+                dtables[f] = dense.index_copy_(0, ids[f], gradients[f])
             elif of_tables[f]:
                 dtables[f] = gradients[f]
         return None, None, vector if needs[2] else None, *dcolumns, *dtables

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from t4r_fast import backend
 from t4r_fast.ops._check import check_scores, check_target
+from t4r_fast.ops._table import Recorder, before_read, eagerly, recorder_of, softmax_rows
 from t4r_fast.reference import tied_softmax_loss as reference
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -62,14 +63,16 @@ def tied_softmax_loss(
     check_scores("tied_softmax_loss", hidden, items, bias)
     _check_options(temperature, softcap, label_smoothing, z_loss, reduction)
     check_target("tied_softmax_loss", hidden, items, target, rows, ignore_index)
-    loss, lse = _TiedSoftmaxLoss.apply(
-        hidden,
-        items,
-        bias,
-        target,
-        rows,
-        (float(temperature), float(softcap), float(label_smoothing), float(z_loss), ignore_index),
-    )
+    options = (
+        float(temperature), float(softcap), float(label_smoothing), float(z_loss), ignore_index
+    )  # fmt: skip
+    recorder = recorder_of(items)
+    if recorder is None:
+        loss, lse = _TiedSoftmaxLoss.apply(hidden, items, bias, target, rows, options, None)
+    else:
+        before_read(items)
+        arguments = (hidden, items, bias, target, rows, options, recorder)
+        loss, lse = eagerly(_TiedSoftmaxLoss.apply, *arguments)
     if reduction != "none":
         loss = loss.sum()
     if reduction == "mean":
@@ -116,7 +119,9 @@ class _TiedSoftmaxLoss(torch.autograd.Function):
         target: Tensor,
         rows: Tensor | None,
         options: tuple[float, float, float, float, int],
+        recorder: Recorder | None,
     ) -> tuple[Tensor, Tensor]:
+        ctx.recorder = recorder
         ctx.backend = backend.pick("tied_softmax_loss", hidden)
         functions = backend.ops(ctx.backend, reference)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -135,6 +140,16 @@ class _TiedSoftmaxLoss(torch.autograd.Function):
                 "create_graph=True; for second derivatives use F.cross_entropy on the full logits"
             )
         hidden, items, target, bias, rows, lse = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:3])
+        if ctx.recorder is not None and needs[1]:
+            ctx.recorder.add_softmax(
+                softmax_rows(
+                    dloss, dlse, hidden, items.shape[0], target, bias, rows, lse, *ctx.options
+                )
+            )
+            needs[1] = False
+            if not any(needs):
+                return (None,) * 7
         functions = backend.ops(ctx.backend, reference)
         with torch.autocast(hidden.device.type, enabled=False):
             dhidden, ditems, dbias = functions.tied_softmax_loss_bwd(
@@ -147,10 +162,10 @@ class _TiedSoftmaxLoss(torch.autograd.Function):
                 rows,
                 lse,
                 *ctx.options,
-                *ctx.needs_input_grad[:3],
+                *needs,
             )
-        found = zip(ctx.needs_input_grad, (dhidden, ditems, dbias))
-        return *(gradient if needed else None for needed, gradient in found), None, None, None
+        found = zip(needs, (dhidden, ditems, dbias))
+        return *(gradient if needed else None for needed, gradient in found), *[None] * 4
 
 
 def _fake_fwd(

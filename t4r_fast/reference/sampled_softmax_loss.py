@@ -151,6 +151,12 @@ class Problem:
     def groups(self) -> Iterator[Group]:
         return _groups(self.options, self.kept, self.seed, self.items, self.cumulative)
 
+    def read_ids(self) -> Tensor:
+        """All ids of targets and negatives, sorted and different."""
+        read = [self.wanted[self.kept.valid]]
+        read += [g.ids.flatten() if g.valid is None else g.ids[g.valid] for g in self.groups()]
+        return torch.cat(read).unique()
+
     def vectors(self, ids: Tensor) -> Tensor:
         return self.items[ids].to(self.part.dtype)
 
@@ -195,6 +201,19 @@ class Problem:
         if group.valid is not None:
             z = torch.where(group.valid, z, -math.inf)
         return z, w, constant
+
+
+def read_ids(
+    hidden: Tensor,
+    items: Tensor,
+    target: Tensor,
+    rows: Tensor | None,
+    cumulative: Tensor | None,
+    seed: Tensor,
+    options: Options,
+) -> Tensor:
+    """The rows of items that the loss reads, sorted and different."""
+    return Problem(hidden, items, target, None, rows, cumulative, seed, options).read_ids()
 
 
 def _lowered(z: Tensor, shift: Tensor) -> Tensor:
@@ -312,9 +331,7 @@ def sampled_softmax_loss_bwd(
         return dhidden, ids, none, none[:, 0] if bias is None else bias.new_empty((0,))
     size = items.shape[0]
     if sparse:
-        drawn = [problem.wanted[kept.valid]]
-        drawn += [g.ids.flatten() if g.valid is None else g.ids[g.valid] for g in problem.groups()]
-        ids = torch.cat(drawn).unique()
+        ids = problem.read_ids()
         size = ids.shape[0]
     # float64: thousands of draws may add to one item, one after the other
     ditems = items.new_zeros((size, items.shape[1]), dtype=torch.float64)

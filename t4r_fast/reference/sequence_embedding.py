@@ -10,22 +10,22 @@ from torch import Tensor
 def sequence_embedding(
     columns: list[Tensor],
     tables: list[Tensor | None],
-    aggregation: str,
     mask: Tensor | None,
     mask_vector: Tensor | None,
+    sum: bool,
     zero_padding: bool,
     padding_idx: int,
-    sparse: bool = False,
+    sparse: tuple[bool, ...],
 ) -> Tensor:
     """(B, L, W); differentiable by PyTorch's own rules."""
     parts = []
-    for column, table in zip(columns, tables):
+    for column, table, is_sparse in zip(columns, tables, sparse):
         if table is not None:
             pad = padding_idx if padding_idx < len(table) else None
-            parts.append(F.embedding(column, table, pad, sparse=sparse))
+            parts.append(F.embedding(column, table, pad, sparse=is_sparse))
         else:
             parts.append(column if column.dim() == 3 else column[..., None])
-    if aggregation == "concat":
+    if not sum:
         out = torch.cat(parts, dim=2)
     else:
         out = parts[0]

@@ -30,6 +30,7 @@ from transformers.trainer_utils import (
 from t4r_fast.compat import get_compat, warn_once
 from t4r_fast.config.trainer import T4RecTrainingArguments, check_arguments
 from t4r_fast.errors import InputError
+from t4r_fast.optim import ModelOptimizer, for_model
 from t4r_fast.schema import Schema
 from t4r_fast.torch.checkpoint import Checkpoints, _complete
 from t4r_fast.torch.data import T4RecDataLoader
@@ -222,6 +223,46 @@ class Trainer(Checkpoints, transformers.Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    # -- the optimizer ---------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer of the arguments; with table_optimizer that of t4r_fast.optim."""
+        args, model = self.args, self.model if model is None else model
+        if args.table_optimizer is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        decay = set(self.get_decay_parameter_names(model))
+        self.optimizer = for_model(
+            model,
+            args.learning_rate,
+            args.table_optimizer,
+            weight_decay=args.weight_decay,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            no_decay=[
+                name
+                for name, parameter in model.named_parameters()
+                if parameter.requires_grad and name not in decay
+            ],
+        )
+        return self.optimizer
+
+    def _model_optimizer(self) -> ModelOptimizer | None:
+        """The optimizer, below its wrapper, if it is one of t4r_fast.optim."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return optimizer if isinstance(optimizer, ModelOptimizer) else None
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        optimizer = self._model_optimizer()
+        if optimizer is None:
+            return super()._clip_grad_norm(model)
+        return optimizer.clip_grad_norm_(self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # Without clipping nobody pays for the norm of the table's gradient, and none is logged.
+        if self._model_optimizer() is None or grad_norm is not None:
+            return super()._get_grad_norm(model, grad_norm=grad_norm)
+        return None
+
     # -- training --------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
@@ -289,6 +330,8 @@ class Trainer(Checkpoints, transformers.Trainer):
         """
         model, args = self.model, self.args
         LOG.info("***** Running %s *****", description)
+        if (optimizer := self._model_optimizer()) is not None:
+            optimizer.flush()
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
         counting = bool(self.compute_metrics) and not args.prediction_loss_only
@@ -398,6 +441,8 @@ class _Bookkeeping(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.trainer._begin_run()
+        if (optimizer := self.trainer._model_optimizer()) is not None:
+            optimizer.zero_grad()  # what a train() that broke off left recorded
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self.trainer._end_run(state.global_step)

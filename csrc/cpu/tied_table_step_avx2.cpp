@@ -1,0 +1,12 @@
+#include "simd_avx2.h"
+// The vector unit comes first.
+#include "tied_table_step_kernel.h"
+
+namespace t4r_fast {
+
+extern const TableKernels<float> tied_table_step_f32_avx2;
+extern const TableKernels<double> tied_table_step_f64_avx2;
+const TableKernels<float> tied_table_step_f32_avx2 = table_kernels<F32>();
+const TableKernels<double> tied_table_step_f64_avx2 = table_kernels<F64>();
+
+}  // namespace t4r_fast

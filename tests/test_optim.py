@@ -1,0 +1,551 @@
+"""TiedTableOptimizer and for_model against torch.optim on the formed gradient."""
+
+import copy
+import gc
+import io
+import math
+import pickle
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import LargestTensor
+from torch import nn
+from training_case import make_model, make_trainer, write_sessions
+from transformers import TrainerCallback
+
+from t4r_fast import optim
+from t4r_fast.errors import InputError
+from t4r_fast.ops._table import recorder_of
+from t4r_fast.ops.item_topk import item_topk
+from t4r_fast.ops.sampled_softmax_loss import sampled_softmax_loss
+from t4r_fast.ops.sequence_embedding import sequence_embedding
+from t4r_fast.ops.tied_softmax_loss import tied_softmax_loss
+
+V, D = 60, 8
+KINDS = ["sgd", "adagrad", "adamw"]
+
+
+class Tied(nn.Module):
+    """Lookup, a body, and a loss against the same table; `formed` in plain PyTorch."""
+
+    def __init__(self, formed=False, dtype=torch.float64, bias=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Parameter(torch.randn(V, D, dtype=dtype) * 0.3)
+        self.body = nn.Linear(D, D, dtype=dtype)
+        self.bias = nn.Parameter(torch.zeros(V, dtype=dtype)) if bias else None
+        self.formed = formed
+
+    def hidden(self, ids):
+        if self.formed:
+            x = F.embedding(ids, self.table, 0)
+        else:
+            x = sequence_embedding([ids], [self.table])
+        return torch.tanh(self.body(x)).flatten(0, 1)
+
+    def forward(self, ids, target, **options):
+        h = self.hidden(ids)
+        if self.formed:
+            z = h @ self.table.T
+            return F.cross_entropy(z if self.bias is None else z + self.bias, target)
+        return tied_softmax_loss(h, self.table, target, bias=self.bias, **options)
+
+    def sampled(self, ids, target, seed):
+        """The loss over 1 + 5 candidates: only their rows take part."""
+        options = {"num_negatives": 5, "sampler": "uniform", "seed": torch.tensor([seed, 0])}
+        return sampled_softmax_loss(
+            self.hidden(ids), self.table, target, bias=self.bias, sparse=False, **options
+        )
+
+
+def batches(count, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        yield torch.randint(0, V, (3, 4), generator=g), torch.randint(0, V, (12,), generator=g)
+
+
+def plain_optimizer(model, kind, lr=0.05, **options):
+    rule = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "adamw": torch.optim.AdamW}
+    table = rule[kind]([model.table], lr=lr, **options)
+    rest = [p for p in model.parameters() if p is not model.table]
+    return [table, torch.optim.AdamW(rest, lr=lr, weight_decay=options.get("weight_decay", 0.01))]
+
+
+def ours(model, kind="adamw", lr=0.05, **options):
+    return optim.for_model(model, lr, kind, items=model.table, **options)
+
+
+def assert_same(a, b, atol=1e-12):
+    for (name, x), y in zip(a.named_parameters(), b.parameters()):
+        torch.testing.assert_close(x, y, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_equals_torch_optim(kind):
+    """Accumulated micro-batches, a scheduler, and clipping by the norm of all gradients."""
+    a, b = Tied(), Tied(formed=True)
+    mine, theirs = ours(a, kind, weight_decay=0.1), plain_optimizer(b, kind, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(mine, 2, 0.5)
+    schedules = [torch.optim.lr_scheduler.StepLR(o, 2, 0.5) for o in theirs]
+    for i, (ids, target) in enumerate(batches(12)):
+        (a(ids, target) / 2).backward()
+        (b(ids, target) / 2).backward()
+        assert a.table.grad is None
+        if i % 2:
+            norm = mine.clip_grad_norm_(0.2)
+            torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(b.parameters(), 0.2))
+            assert norm > 0.2  # it did clip
+            for optimizer in (mine, *theirs):
+                optimizer.step()
+                optimizer.zero_grad()
+            for s in (schedule, *schedules):
+                s.step()
+    assert schedule.get_last_lr()[-1] == schedules[0].get_last_lr()[0] == 0.05 / 8
+    assert_same(a, b)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "rowwise_adamw", "rowwise_adagrad", "adagrad", "sgd"])
+def test_touched_rows_equal_dense_steps(kind):
+    """Sampled softmax alone: rows that took no part get what they missed when they are read."""
+    a, b = Tied(), Tied()
+    mine, dense = ours(a, kind, weight_decay=0.1), ours(b, kind, weight_decay=0.1)
+    for i, (ids, target) in enumerate(batches(40)):
+        for model, optimizer in ((a, mine), (b, dense)):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.05 * (1 + math.sin(i))
+            model.sampled(ids, target, i).backward()
+            assert model.table.grad is None
+            if model is b:  # a dense gradient of 0 makes the step a dense one
+                b.table.grad = torch.zeros_like(b.table)
+            optimizer.step()
+            optimizer.zero_grad()
+    behind = mine.tables[0]
+    assert behind._history.length == 40
+    assert len(behind._last.unique()) > 3  # rows are at different steps
+    assert not torch.allclose(a.table, b.table)
+    mine.flush()
+    assert_same(a, b)
+    assert behind._history.length == 0
+    a(*next(batches(1))).backward()  # and dense steps go on from there
+    b(*next(batches(1))).backward()
+    mine.step()
+    dense.step()
+    assert_same(a, b)
+
+
+def test_every_reader_brings_its_rows_up_to_date():
+    def behind():
+        model = Tied()
+        optimizer = ours(model, lr=0.1)
+        for i, (ids, target) in enumerate(batches(3)):
+            model.sampled(ids % 20, target % 20, i).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        fresh = copy.deepcopy(model)
+        assert recorder_of(fresh.table) is None
+        assert optimizer.tables[0]._history.length == 3
+        return model, optimizer
+
+    model, optimizer = behind()
+    stale = model.table.detach().clone()
+    optimizer.flush()
+    truth = model.table.detach().clone()
+    moved = (truth != stale).any(1).nonzero()[:, 0]
+    assert len(moved) > 5
+    hidden, ids = torch.ones(1, D, dtype=torch.float64), moved[None, :5]
+
+    model, optimizer = behind()
+    read = sequence_embedding([ids], [model.table])
+    assert torch.equal(read.detach()[0], truth[ids[0]])
+    assert optimizer.tables[0]._history.length == 3  # only these rows
+    assert torch.equal(model.table[moved[5:]], stale[moved[5:]])
+
+    loss = tied_softmax_loss(hidden, truth, ids[0, :1])
+    for reader in (
+        lambda m: tied_softmax_loss(hidden, m.table, ids[0, :1]),
+        lambda m: torch.tensor(0.0, dtype=torch.float64) + item_topk(hidden, m.table, 3)[0][0, 0],
+    ):
+        model, optimizer = behind()
+        with torch.no_grad():
+            value = reader(model)
+        assert optimizer.tables[0]._history.length == 0
+        assert torch.equal(model.table.detach(), truth)
+        assert value == loss or value == item_topk(hidden, truth, 3)[0][0, 0]
+
+    model, optimizer = behind()
+    assert torch.equal(model.state_dict()["table"], truth)
+
+
+def test_a_flush_between_forward_and_backward_keeps_the_graph():
+    model = Tied()
+    optimizer = ours(model)
+    for i, (ids, target) in enumerate(batches(3)):
+        model.sampled(ids % 20, target % 20, i).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    loss = model.sampled(*next(batches(1, 9)), 7)
+    optimizer.flush()
+    loss.backward()
+    optimizer.step()
+
+
+def test_changed_numbers_apply_from_their_step_on():
+    a, b = Tied(), Tied()
+    mine, dense = ours(a, weight_decay=0.1), ours(b, weight_decay=0.1)
+    for i, (ids, target) in enumerate(batches(8)):
+        for model, optimizer in ((a, mine), (b, dense)):
+            if i == 4:
+                optimizer.param_groups[-1].update(weight_decay=0.3, betas=(0.5, 0.9))
+            model.sampled(ids % 20, target % 20, i).backward()
+            if model is b:
+                b.table.grad = torch.zeros_like(b.table)
+            optimizer.step()
+            optimizer.zero_grad()
+    mine.flush()
+    assert_same(a, b)
+
+
+def test_gradients_of_other_code_are_added():
+    a, b = Tied(), Tied(formed=True)
+    mine, theirs = ours(a), plain_optimizer(b, "adamw")
+    for ids, target in batches(3):
+        for model, optimizers in ((a, [mine]), (b, theirs)):
+            extra = 0.1 * model.table[ids[0]].square().sum()
+            (model(ids, target) + extra).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    assert_same(a, b)
+    ids = torch.tensor([[3, 3, 5]])
+    for model, optimizers in ((a, [mine]), (b, theirs)):
+        sparse = model is a
+        F.embedding(ids, model.table, sparse=sparse).sum().backward()
+        assert model.table.grad.is_sparse == sparse
+        for optimizer in optimizers:
+            optimizer.step()
+    mine.flush()
+    assert_same(a, b)
+
+
+def test_a_step_without_a_gradient_changes_nothing():
+    model = Tied()
+    optimizer = ours(model)
+    before = copy.deepcopy(model.state_dict())
+    optimizer.step()
+    model(*next(batches(1))).backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert optimizer.step(lambda: model(*next(batches(1)))).requires_grad
+
+
+def test_bfloat16_table_keeps_float32_moments_through_a_checkpoint():
+    model = Tied(dtype=torch.bfloat16, bias=False)
+    optimizer = optim.TiedTableOptimizer(model.table, lr=0.1)
+    model(*next(batches(1))).backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    other = optim.TiedTableOptimizer(nn.Parameter(model.table.detach().clone()), lr=0.3)
+    other.load_state_dict(state)
+    mine, theirs = optimizer.state[model.table], other.state[other.table]
+    assert mine["exp_avg"].dtype == theirs["exp_avg"].dtype == torch.float32
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+    assert other.param_groups[0]["lr"] == 0.1
+
+
+def save(model, optimizer):
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("kind", ["adamw", "rowwise_adamw", "adagrad"])
+def test_a_resumed_run_is_bit_for_bit_the_same(kind, sampled):
+    def train(model, optimizer, first, last, checkpoint=None):
+        for i, (ids, target) in enumerate(batches(10)):
+            if not first <= i < last:
+                continue
+            loss = model.sampled(ids, target, i) if sampled else model(ids, target)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return save(model, optimizer)
+
+    a = Tied(dtype=torch.float32)
+    mine = ours(a, kind)
+    saved = train(a, mine, 0, 5)
+    b = Tied(dtype=torch.float32)
+    with torch.no_grad():
+        b.table.zero_()
+    resumed = ours(b, kind, lr=1.0)
+    b.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    end, other = train(a, mine, 5, 10), train(b, resumed, 5, 10)
+    for name, value in end["model"].items():
+        assert torch.equal(value, other["model"][name])
+    assert end["optimizer"]["param_groups"] == other["optimizer"]["param_groups"]
+    for place, values in end["optimizer"]["state"].items():
+        for name, value in values.items():
+            assert torch.equal(value, other["optimizer"]["state"][place][name])
+
+
+def test_the_state_of_torch_optim_is_taken_over():
+    a, b = Tied(), Tied(formed=True)
+    theirs = torch.optim.AdamW([b.table], lr=0.05)
+    mine = optim.TiedTableOptimizer(a.table, lr=0.05)
+    for i, (ids, target) in enumerate(batches(6)):
+        b(ids, target).backward()
+        theirs.step()
+        theirs.zero_grad()
+        if i == 2:
+            a.load_state_dict(b.state_dict())
+            mine.load_state_dict(copy.deepcopy(theirs.state_dict()))
+        if i > 2:
+            a(ids, target).backward()
+            mine.step()
+    torch.testing.assert_close(a.table, b.table, rtol=0, atol=1e-12)
+
+
+def test_nothing_of_the_size_of_the_table_is_made():
+    model = Tied(dtype=torch.float32)
+    model.table = nn.Parameter(torch.randn(5000, D))
+    model.bias = None
+    optimizer = ours(model)
+    ids, target = next(batches(1))
+    model(ids, target).backward()
+    optimizer.step()  # makes the moments
+    optimizer.zero_grad()
+    with LargestTensor() as seen:
+        for i, full in enumerate([True, False, True]):
+            loss = model(ids, target) if full else model.sampled(ids, target, i)
+            loss.backward()
+            optimizer.clip_grad_norm_(0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+    # the scores of the reference's chunks, and the last step of each row
+    assert seen.elements <= 12 * 5000
+    assert model.table.grad is None
+
+
+def test_two_models_and_threads_keep_to_themselves():
+    models = [Tied() for _ in range(4)]
+    optimizers = [ours(m) if i < 3 else None for i, m in enumerate(models)]
+
+    def train(model, optimizer):
+        for ids, target in batches(5):
+            model(ids, target).backward()
+            if optimizer is not None:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    threads = [threading.Thread(target=train, args=pair) for pair in zip(models, optimizers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert_same(models[0], models[1], atol=0)
+    assert_same(models[0], models[2], atol=0)
+    assert models[3].table.grad is not None
+    assert all(m.table.grad is None for m in models[:3])
+
+
+def test_a_table_is_free_when_its_optimizer_is_gone():
+    model = Tied()
+    optimizer = ours(model)
+    assert recorder_of(model.table) is not None
+    copied = pickle.loads(pickle.dumps(model))
+    copied(*next(batches(1))).backward()
+    assert copied.table.grad is not None
+    assert copied.state_dict().keys() == model.state_dict().keys()
+    optimizer.release()
+    with pytest.raises(RuntimeError, match=r"release\(\) was called"):
+        optimizer.step()
+    optimizer = ours(model)
+    del optimizer
+    gc.collect()
+    assert recorder_of(model.table) is None
+    model(*next(batches(1))).backward()
+    assert model.table.grad is not None
+
+
+def test_compiled_models():
+    """A managed table breaks the graph and is right; others compile as ever."""
+    a, b = Tied(), Tied()
+    mine, theirs = ours(a), ours(b)
+    compiled, free = torch.compile(a, backend="aot_eager"), Tied()
+    full = torch.compile(free, backend="aot_eager", fullgraph=True)
+    for ids, target in batches(2):
+        compiled(ids, target).backward()
+        b(ids, target).backward()
+        full(ids, target).backward()
+        assert a.table.grad is None
+        mine.step()
+        theirs.step()
+    assert_same(a, b)
+    assert free.table.grad is not None
+    torch._dynamo.reset()
+    strict = torch.compile(a, backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"t4r_fast\.optim"):
+        strict(*next(batches(1)))
+
+
+def test_errors_of_a_step():
+    model = Tied()
+    optimizer = ours(model)
+    model(*next(batches(1))).backward()
+    with torch.no_grad():
+        model.table.mul_(2)
+    with pytest.raises(RuntimeError, match="table was changed between backward and step"):
+        optimizer.step()
+    optimizer.zero_grad()
+    model(*next(batches(1))).backward()
+    with torch.no_grad():
+        model.bias.add_(1)
+    with pytest.raises(RuntimeError, match="step the table before the optimizer of the bias"):
+        optimizer.step()
+
+
+ERRORS = {
+    "kind": ({"kind": "adam"}, "kind must be one of sgd, .*got 'adam'"),
+    "lr": ({"lr": -1.0}, "lr must be >= 0; got -1"),
+    "eps": ({"eps": -1.0}, "eps must be >= 0"),
+    "weight_decay": ({"weight_decay": -1.0}, "weight_decay must be >= 0"),
+    "betas": ({"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\)"),
+    "momentum": ({"momentum": 0.9}, "momentum must be 0 for 'adamw'"),
+    "table": (
+        {"table": nn.Parameter(torch.zeros(3))},
+        r"contiguous parameter \(V, D\); got \(3,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), ERRORS.values(), ids=ERRORS.keys())
+def test_errors(options, message):
+    arguments = {"table": nn.Parameter(torch.zeros(3, 2)), **options}
+    with pytest.raises(ValueError, match=f"TiedTableOptimizer: .*{message}"):
+        optim.TiedTableOptimizer(**arguments)
+
+
+def test_errors_of_for_model():
+    model = Tied()
+    with pytest.raises(ValueError, match="items must name the item table"):
+        optim.for_model(model)
+    with pytest.raises(ValueError, match="no_decay must name parameters of the model; got"):
+        optim.for_model(model, items=model.table, no_decay=["nobody"])
+    with pytest.raises(ValueError, match="items must be trainable parameters of the model"):
+        optim.for_model(model, items=Tied().table)
+    optimizer = optim.for_model(model, items=model.table, no_decay=["body.bias"])
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    assert decays == [0.01, 0.0, 0.01]
+    state = optimizer.state_dict()
+    state["param_groups"][-1]["kind"] = "sgd"
+    with pytest.raises(ValueError, match="state is of another model or rule"):
+        optimizer.load_state_dict(state)
+    with pytest.raises(ValueError, match="make a new one by for_model"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+
+
+# -- in the Trainer --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_sessions(tmp_path_factory.mktemp("data") / "train.parquet")
+
+
+def assert_same_weights(a, b, **tolerance):
+    for (name, x), y in zip(a.model.state_dict().items(), b.model.state_dict().values()):
+        torch.testing.assert_close(x, y, msg=lambda m, n=name: f"{n}: {m}", **tolerance)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.5, 0.0])
+def test_the_trainer_ends_with_the_weights_of_its_usual_optimizer(tmp_path, data, max_grad_norm):
+    """Schedule, weight decay, clipping, accumulation: the same meaning as without."""
+    options = {
+        "max_grad_norm": max_grad_norm,
+        "weight_decay": 0.1,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+    }
+    usual = make_trainer(tmp_path / "a", data, **options)
+    usual.train()
+    mine = make_trainer(tmp_path / "b", data, table_optimizer="adamw", **options)
+    mine.train()
+    table = mine.model.prediction_tasks[0].pre.module.items
+    assert table.grad is None
+    assert set(mine._model_optimizer().state[table]) == {"step", "exp_avg", "exp_avg_sq"}
+    assert_same_weights(mine, usual, rtol=1e-4, atol=1e-5)
+    logged = [
+        [h["grad_norm"] for h in t.state.log_history if "grad_norm" in h] for t in (mine, usual)
+    ]
+    if max_grad_norm:
+        assert max(logged[0]) > max_grad_norm
+        assert logged[0] == pytest.approx(logged[1], rel=1e-3)
+    else:
+        assert logged[0] == []
+
+
+@pytest.mark.parametrize("rule", ["rowwise_adamw", "adamw"])
+def test_a_stopped_training_resumes_bit_for_bit(tmp_path, data, rule):
+    class Stop(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == 8:
+                raise KeyboardInterrupt
+
+    whole = make_trainer(tmp_path / "whole", data, table_optimizer=rule, num_train_epochs=2)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(
+            tmp_path, data, callbacks=[Stop()], table_optimizer=rule, num_train_epochs=2
+        ).train()
+    resumed = make_trainer(
+        tmp_path, data, make_model(seed=9), table_optimizer=rule, num_train_epochs=2
+    )
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(resumed, whole, rtol=0, atol=0)
+    mine, theirs = (t.optimizer.state_dict()["state"] for t in (resumed, whole))
+    for place, values in mine.items():
+        assert all(torch.equal(value, theirs[place][name]) for name, value in values.items())
+
+
+def test_a_training_that_broke_off_leaves_no_gradient_behind(tmp_path, data):
+    class Stop(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    trainer = make_trainer(tmp_path, data, callbacks=[Stop()], table_optimizer="sgd")
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    optimizer = trainer._model_optimizer()
+    assert optimizer.tables[0]._records
+    trainer.remove_callback(Stop)
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            seen.append(len(optimizer.tables[0]._records.softmax))
+
+    trainer.add_callback(Look())
+    trainer.train()
+    assert set(seen) == {1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"table_optimizer": "adam"}, "table_optimizer must be one of sgd, .*; got 'adam'"),
+        ({"table_optimizer": "adamw", "optim": "sgd"}, "optim='.*sgd' does not go with"),
+        ({"table_optimizer": "adamw", "fp16": True}, "fp16 does not go with table_optimizer"),
+    ],
+    ids=["rule", "optim", "fp16"],
+)
+def test_errors_of_the_arguments(tmp_path, data, options, message):
+    with pytest.raises(InputError, match=message):
+        make_trainer(tmp_path, data, **options)
