@@ -284,6 +284,24 @@ void update_row(const ItemTable& table, const TableRule<typename X::T>& r, const
   }
 }
 
+// Steps `count` numbers that lie side by side, whole vectors, of a rule without row-wise moments.
+// Numbers are passed by value: behind a reference the compiler loads them again after every store.
+template <class X, int kKind, bool kFirst>
+void update_flat(const Fixed<X> f, const Numbers<X> n, int64_t count, const typename X::T* g,
+                 typename X::T* w, typename X::T* first, typename X::T* second) {
+  using V = typename X::V;
+  constexpr bool kSecond = kKind == t4r_fast::kAdamw;
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < count; k += X::L) {
+    V x = X::load(w + k), a = kFirst ? X::load(first + k) : X::zero();
+    V b = kSecond ? X::load(second + k) : X::zero();
+    update_vector<X, kKind>(f, n, kFirst, X::zero(), X::mul(X::load(g + k), f.scale), x, a, b);
+    X::store(w + k, x);
+    if (kFirst) X::store(first + k, a);
+    if (kSecond) X::store(second + k, b);
+  }
+}
+
 inline double power(double base, int64_t exponent) {
   double result = 1;
   for (; exponent > 0; exponent >>= 1, base *= base) {
@@ -314,12 +332,24 @@ void step_tiles(const TableGradient<typename X::T>& g, const TableRule<typename 
   T* const buffers = walk.bias + 2 * kTile;
   const Fixed<X> f(r);
   const Numbers<X> n = numbers<X>(r);
+  const bool flat = in_place<X>(g.table) && !has_row_moment(kKind);
   for (; index < stop; ++index) {
     const int64_t first = index * kTile, left = g.table.count - first;
     const int64_t ahead = left < kTile ? left : kTile;
     if (kKind != t4r_fast::kRowwiseAdagrad) prefetch_rows(r.first, first, ahead, g.table.width);
     if (kKind == t4r_fast::kAdamw) prefetch_rows(r.second, first, ahead, g.table.width);
     const int64_t count = walk.make(index);
+    if (flat) {
+      const int64_t at = first * g.table.width, numbers_of_tile = count * g.table.width;
+      T* const w = static_cast<T*>(r.items) + at;
+      T* const second = r.second ? r.second + at : nullptr;
+      if (r.first) {
+        update_flat<X, kKind, true>(f, n, numbers_of_tile, walk.gradient, w, r.first + at, second);
+      } else {
+        update_flat<X, kKind, false>(f, n, numbers_of_tile, walk.gradient, w, nullptr, second);
+      }
+      continue;
+    }
     for (int64_t v = 0; v < count; ++v) {
       update_row<X, kKind>(g.table, r, f, n, first + v, g.padded, walk.gradient + v * g.padded,
                            buffers);
