@@ -467,8 +467,8 @@ def _show(found: dict, out: Path) -> None:
     if best < 1 and found["options"]["embedding_std"] < 0.3:
         notes.print(
             "[yellow]note:[/yellow] no model beats the most popular items. The tutorial's settings"
-            " are for 100,000 sessions a window; with fewer try --epochs 10 --batch-size 64"
-            " --learning-rate 0.004 --embedding-std 0.3"
+            " are for 100,000 sessions a window. With fewer, models learn faster with --epochs 10"
+            " --batch-size 64 --learning-rate 0.004 --embedding-std 0.3"
         )
     results.print(f"Report:  {out / 'report.html'}", soft_wrap=True, highlight=False)
     results.print(f"Results: {out / 'results.txt'}, results.json", soft_wrap=True, highlight=False)
