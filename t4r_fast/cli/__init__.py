@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from t4r_fast.cli import bench, doctor, etl, tutorial
+from t4r_fast.cli import bench, doctor, etl, serving, tutorial
 from t4r_fast.cli.console import notes, show_warning
 from t4r_fast.errors import InputError
 from t4r_fast.version import __version__
@@ -51,7 +51,7 @@ def _options(
         warnings.showwarning = show_warning
 
 
-for _group in (bench, etl, tutorial, doctor):
+for _group in (tutorial, etl, serving, bench, doctor):
     _group.register(app)
 
 

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from t4r_fast.cli.console import RichProgress, results
+from t4r_fast.cli.options import listed
 
 if TYPE_CHECKING:
     from t4r_fast.etl import Summary
@@ -82,8 +83,8 @@ def etl(
             keep=keep,
             suffix=suffix,
             seed=seed,
-            event_types=_listed(event_types),
-            text=_listed(text),
+            event_types=listed(event_types),
+            text=listed(text),
             separator="\t" if separator in ("tab", "\\t") else separator,
             overwrite=overwrite,
             progress=_Steps(progress),
@@ -176,7 +177,3 @@ def _show(summary: Summary) -> None:
 
 def _next(command: str) -> None:
     results.print(f"Next: {command}", soft_wrap=True, highlight=False)
-
-
-def _listed(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]

@@ -1,9 +1,8 @@
-"""Commands that train, judge and use models: demo, tutorial, train, evaluate, recommend."""
+"""Commands that train models and compare them: demo, tutorial, train."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import shlex
 import sys
 from pathlib import Path
@@ -14,51 +13,33 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from t4r_fast.cli.console import RichProgress, notes, results
+from t4r_fast.cli.options import (
+    MODELS_HELP,
+    BatchSize,
+    CheckpointSteps,
+    Compat,
+    DModel,
+    Dropout,
+    EmbeddingStd,
+    Epochs,
+    EvalBatchSize,
+    Heads,
+    ItemDim,
+    Layers,
+    LearningRate,
+    Length,
+    Out,
+    Overwrite,
+    Resume,
+    SchemaFile,
+    Seed,
+    listed,
+    quiet,
+)
 from t4r_fast.errors import InputError
 
 if TYPE_CHECKING:
     from t4r_fast.tutorial.sessions import SessionData
-
-# -- options that several commands share -----------------------------------------------------------
-
-MODELS_HELP = "gru_as_printed, gru, xlnet_mlm, xlnet_mlm_side; several with commas."
-Epochs = Annotated[int, typer.Option(help="Epochs per window.")]
-BatchSize = Annotated[int, typer.Option(help="Sessions per training step.")]
-EvalBatchSize = Annotated[
-    int, typer.Option(help="Sessions per evaluation step (changes the printed GRU's metrics).")
-]
-LearningRate = Annotated[
-    float | None,
-    typer.Option(help="For every model. Default: .00071 for a GRU, .000666 for an XLNet."),
-]
-DModel = Annotated[
-    int | None, typer.Option("--d-model", help="Body width. Default: 128 for a GRU, 192 for XLNet.")
-]
-Layers = Annotated[
-    int | None, typer.Option("--layers", help="Body layers. Default: 1 for a GRU, 2 for XLNet.")
-]
-Heads = Annotated[int, typer.Option("--heads", help="Attention heads of XLNet.")]
-ItemDim = Annotated[int, typer.Option(help="Width of the embedding tables.")]
-EmbeddingStd = Annotated[
-    float, typer.Option(help="Deviation of fresh embeddings; .3 learns faster on little data.")
-]
-Dropout = Annotated[float, typer.Option(help="Dropout of XLNet.")]
-Length = Annotated[int, typer.Option("--max-length", help="Longest session; the last items stay.")]
-Seed = Annotated[int, typer.Option(help="Seed of split, weights, order, masks and dropout.")]
-CheckpointSteps = Annotated[
-    int, typer.Option(help="Steps between checkpoints inside a window, for --resume.")
-]
-Compat = Annotated[
-    str | None,
-    typer.Option(help="Behave like Transformers4Rec 0.1 or 23.12. Default: 23.12."),
-]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for everything that is written.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in OUT.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in OUT.")]
-SchemaFile = Annotated[
-    Path | None, typer.Option("--schema", help="Default: schema.pbtxt beside or above the windows.")
-]
-Split = Annotated[str, typer.Option(help="train, valid or test.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -66,8 +47,6 @@ def register(app: typer.Typer) -> None:
     app.command()(demo)
     app.command()(tutorial)
     app.command()(train)
-    app.command()(evaluate)
-    app.command()(recommend)
 
 
 # -- commands --------------------------------------------------------------------------------------
@@ -90,7 +69,7 @@ def demo(
     from t4r_fast.tutorial.demo import DEMO, QUICK, make_events
     from t4r_fast.tutorial.run import run_etl, train_and_report
 
-    _quiet()
+    quiet()
     size = (QUICK if quick else DEMO).with_seed(seed)
     options = {"command": "demo", **dataclasses.asdict(size)}
     state.open_output(out, options, resume=resume, overwrite=overwrite)
@@ -157,7 +136,7 @@ def tutorial(
     from t4r_fast.tutorial.run import run_etl, train_and_report
     from t4r_fast.tutorial.windows import TrainingOptions
 
-    _quiet()
+    quiet()
     level = _compat(compat)
     training = TrainingOptions(
         epochs=epochs,
@@ -178,7 +157,7 @@ def tutorial(
     events = {
         "map": etl.parse_map(columns) if columns else None,
         "keep": keep,
-        "event_types": _listed(event_types),
+        "event_types": listed(event_types),
         "max_length": max_length,
         "seed": seed,
     }
@@ -241,7 +220,7 @@ def train(
     from t4r_fast.tutorial.sessions import SessionData
     from t4r_fast.tutorial.windows import TrainingOptions
 
-    _quiet()
+    quiet()
     level = _compat(compat)
     training = TrainingOptions(
         epochs=epochs,
@@ -286,101 +265,7 @@ def train(
     _show(found, out)
 
 
-def evaluate(
-    model: Annotated[Path, typer.Argument(help="A saved model, such as OUT/models/xlnet_mlm.")],
-    data: Annotated[Path, typer.Argument(help="Output folder of `t4r-fast etl`.")],
-    window: Annotated[int, typer.Option(help="The window to judge on.")],
-    split: Split = "valid",
-    schema: SchemaFile = None,
-    batch_size: EvalBatchSize = 32,
-) -> None:
-    """Judge a saved model on the sessions of one window.
-
-    Example: [bold]t4r-fast evaluate OUT/models/xlnet_mlm OUT/data --window 4 --split test[/bold]
-    """
-    from t4r_fast.tutorial import saved_model, serving
-    from t4r_fast.tutorial.models import KINDS
-    from t4r_fast.tutorial.results import METRIC_TITLES
-    from t4r_fast.tutorial.sessions import SessionData
-
-    _quiet()
-    saved = saved_model.load(model)
-    sessions = SessionData(data, schema)
-    with notes.status("evaluating"):
-        found = serving.evaluate(saved, sessions, window, split, batch_size)
-    title = f"{KINDS[saved.name].title}, window {window}, {split}"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for heading in (*METRIC_TITLES.values(), "Loss", "Sessions", "per s"):
-        table.add_column(heading, justify="right")
-    table.add_row(
-        *(f"{found['metrics'][m]:.4f}" for m in METRIC_TITLES),
-        f"{found['loss']:.4f}",
-        f"{found['sessions']:,}",
-        f"{found['sessions'] / found['seconds']:,.0f}",
-    )
-    results.print(table)
-
-
-def recommend(
-    model: Annotated[Path, typer.Argument(help="A saved model, such as OUT/models/xlnet_mlm.")],
-    workflow: Annotated[
-        Path | None,
-        typer.Option(help="The ETL's workflow. Default: OUT/data/workflow of the model's OUT."),
-    ] = None,
-    items: Annotated[
-        str | None, typer.Option(help="Items of one session in time order, with commas.")
-    ] = None,
-    sessions: Annotated[
-        Path | None,
-        typer.Option(help="Events, or a parquet file of the ETL: one answer a session."),
-    ] = None,
-    k: Annotated[int, typer.Option("-k", help="How many items to recommend.")] = 10,
-    exclude_seen: Annotated[
-        bool, typer.Option("--exclude-seen", help="Never recommend an item of the session itself.")
-    ] = False,
-) -> None:
-    """Recommend the next items of a session, as item ids of the events with scores.
-
-    Example: [bold]t4r-fast recommend OUT/models/xlnet_mlm --items 1004856,1004767 -k 5[/bold]
-    """
-    from t4r_fast.etl import Workflow
-    from t4r_fast.tutorial import saved_model, serving
-
-    _quiet()
-    if (items is None) == (sessions is None):
-        raise InputError("give either --items ID,ID,... or --sessions FILE")
-    saved = saved_model.load(model)
-    fitted = Workflow.load(workflow if workflow is not None else _workflow_of(model))
-    if items is not None:
-        values = _listed(items)
-        given = serving.sessions_of_items(saved, fitted, values)
-        unknown = [v for v, i in zip(values, fitted.item_ids(values)) if i < serving.FIRST_ITEM]
-        if unknown:
-            notes.print(f"[yellow]note:[/yellow] never seen in training: {', '.join(unknown)}")
-    else:
-        given = serving.sessions_of_file(saved, fitted, sessions)
-    ids, scores = serving.recommend(saved, given, k, exclude_seen=exclude_seen)
-    named = "user_session" in given.columns
-    keys = given["user_session"].to_list() if named else range(1, len(ids) + 1)
-    table = Table(box=SIMPLE_HEAD)
-    for heading in ("session", "rank", "item", "score"):
-        table.add_column(heading, justify="left" if heading == "session" else "right")
-    for key, row, row_scores in zip(keys, ids, scores):
-        for rank, (value, score) in enumerate(zip(fitted.items(row), row_scores), 1):
-            if value is not None:
-                table.add_row(str(key) if rank == 1 else "", str(rank), str(value), f"{score:.4f}")
-    results.print(table)
-
-
-# -- what the commands share -----------------------------------------------------------------------
-
-
-def _quiet() -> None:
-    """Keep the libraries' own talk off the terminal; the commands say what matters."""
-    logging.getLogger("t4r_fast").setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
+# -- what they share -------------------------------------------------------------------------------
 
 
 def _compat(level: str | None) -> str:
@@ -394,16 +279,12 @@ def _compat(level: str | None) -> str:
     return get_compat()
 
 
-def _listed(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
-
-
 def _models(text: str | None) -> list[str] | None:
     from t4r_fast.tutorial.models import kind_of
 
     if text is None:
         return None
-    names = _listed(text)
+    names = listed(text)
     for name in names:
         kind_of(name)
     return names
@@ -432,13 +313,6 @@ def _etl_window(sessions: SessionData) -> str:
 
     summary = sessions.folder.parent / "summary.json"
     return str(read_json(summary).get("window", "unknown")) if summary.is_file() else "unknown"
-
-
-def _workflow_of(model: Path) -> Path:
-    path = model.resolve().parent.parent / "data" / "workflow"
-    if not path.is_dir():
-        raise InputError(f"{path}: no workflow there; name the ETL's with --workflow")
-    return path
 
 
 def _command() -> str:

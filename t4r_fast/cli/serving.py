@@ -1,0 +1,113 @@
+"""Commands that use a saved model: evaluate, recommend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from t4r_fast.cli.console import notes, results
+from t4r_fast.cli.options import EvalBatchSize, SchemaFile, Split, listed, quiet
+from t4r_fast.errors import InputError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module to the app."""
+    app.command()(evaluate)
+    app.command()(recommend)
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A saved model, such as OUT/models/xlnet_mlm.")],
+    data: Annotated[Path, typer.Argument(help="Output folder of `t4r-fast etl`.")],
+    window: Annotated[int, typer.Option(help="The window to judge on.")],
+    split: Split = "valid",
+    schema: SchemaFile = None,
+    batch_size: EvalBatchSize = 32,
+) -> None:
+    """Judge a saved model on the sessions of one window.
+
+    Example: [bold]t4r-fast evaluate OUT/models/xlnet_mlm OUT/data --window 4 --split test[/bold]
+    """
+    from t4r_fast.tutorial import saved_model, serving
+    from t4r_fast.tutorial.models import KINDS
+    from t4r_fast.tutorial.results import METRIC_TITLES
+    from t4r_fast.tutorial.sessions import SessionData
+
+    quiet()
+    saved = saved_model.load(model)
+    sessions = SessionData(data, schema)
+    with notes.status("evaluating"):
+        found = serving.evaluate(saved, sessions, window, split, batch_size)
+    title = f"{KINDS[saved.name].title}, window {window}, {split}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for heading in (*METRIC_TITLES.values(), "Loss", "Sessions", "per s"):
+        table.add_column(heading, justify="right")
+    table.add_row(
+        *(f"{found['metrics'][m]:.4f}" for m in METRIC_TITLES),
+        f"{found['loss']:.4f}",
+        f"{found['sessions']:,}",
+        f"{found['sessions'] / found['seconds']:,.0f}",
+    )
+    results.print(table)
+
+
+def recommend(
+    model: Annotated[Path, typer.Argument(help="A saved model, such as OUT/models/xlnet_mlm.")],
+    workflow: Annotated[
+        Path | None,
+        typer.Option(help="The ETL's workflow. Default: OUT/data/workflow of the model's OUT."),
+    ] = None,
+    items: Annotated[
+        str | None, typer.Option(help="Items of one session in time order, with commas.")
+    ] = None,
+    sessions: Annotated[
+        Path | None,
+        typer.Option(help="Events, or a parquet file of the ETL: one answer a session."),
+    ] = None,
+    k: Annotated[int, typer.Option("-k", help="How many items to recommend.")] = 10,
+    exclude_seen: Annotated[
+        bool, typer.Option("--exclude-seen", help="Never recommend an item of the session itself.")
+    ] = False,
+) -> None:
+    """Recommend the next items of a session, as item ids of the events with scores.
+
+    Example: [bold]t4r-fast recommend OUT/models/xlnet_mlm --items 1004856,1004767 -k 5[/bold]
+    """
+    from t4r_fast.etl import Workflow
+    from t4r_fast.tutorial import saved_model, serving
+
+    quiet()
+    if (items is None) == (sessions is None):
+        raise InputError("give either --items ID,ID,... or --sessions FILE")
+    saved = saved_model.load(model)
+    fitted = Workflow.load(workflow if workflow is not None else _workflow_of(model))
+    if items is not None:
+        values = listed(items)
+        given = serving.sessions_of_items(saved, fitted, values)
+        unknown = [v for v, i in zip(values, fitted.item_ids(values)) if i < serving.FIRST_ITEM]
+        if unknown:
+            notes.print(f"[yellow]note:[/yellow] never seen in training: {', '.join(unknown)}")
+    else:
+        given = serving.sessions_of_file(saved, fitted, sessions)
+    ids, scores = serving.recommend(saved, given, k, exclude_seen=exclude_seen)
+    named = "user_session" in given.columns
+    keys = given["user_session"].to_list() if named else range(1, len(ids) + 1)
+    table = Table(box=SIMPLE_HEAD)
+    for heading in ("session", "rank", "item", "score"):
+        table.add_column(heading, justify="left" if heading == "session" else "right")
+    for key, row, row_scores in zip(keys, ids, scores):
+        for rank, (value, score) in enumerate(zip(fitted.items(row), row_scores), 1):
+            if value is not None:
+                table.add_row(str(key) if rank == 1 else "", str(rank), str(value), f"{score:.4f}")
+    results.print(table)
+
+
+def _workflow_of(model: Path) -> Path:
+    path = model.resolve().parent.parent / "data" / "workflow"
+    if not path.is_dir():
+        raise InputError(f"{path}: no workflow there; name the ETL's with --workflow")
+    return path
