@@ -4,8 +4,12 @@ import copy
 import gc
 import io
 import math
+import os
 import pickle
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -450,6 +454,37 @@ def test_errors_of_for_model():
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
 
 
+PEAK = """
+import torch
+from t4r_fast import optim, tied_softmax_loss
+V, D = 200_000, 64
+table = torch.nn.Parameter(torch.zeros(V, D))
+optimizer = optim.TiedTableOptimizer(table)
+hidden = torch.randn(64, D, requires_grad=True)
+def peak():
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
+before = peak()
+for _ in range(2):
+    tied_softmax_loss(hidden, table, torch.arange(64)).backward()
+    optimizer.clip_grad_norm_(1.0)
+    optimizer.step()
+print(peak() - before - 2 * table.nbytes, table.nbytes)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc: not Linux")
+def test_peak_memory_in_a_new_process():
+    """Moments and some buffers; a formed gradient would be 51 MB more."""
+    root = str(Path(optim.__file__).parent.parent.parent)
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    extra, table = map(int, done.stdout.split())
+    assert extra < 40e6 < table
+
+
 # -- in the Trainer --------------------------------------------------------------------------------
 
 
@@ -490,6 +525,61 @@ def test_the_trainer_ends_with_the_weights_of_its_usual_optimizer(tmp_path, data
         assert logged[0] == pytest.approx(logged[1], rel=1e-3)
     else:
         assert logged[0] == []
+
+
+def sampling_model(seed=0):
+    model = make_model(seed=seed)
+    task = model.prediction_tasks[0]
+    task.sampler, task.max_n_samples = "uniform", 5
+    return model
+
+
+def test_sampled_training_in_the_trainer(tmp_path, data):
+    """Rows left behind are brought up to date for evaluation, checkpoints and the end."""
+    options = {"max_grad_norm": 0.5, "weight_decay": 0.1, "learning_rate": 1e-3}
+    options |= {"eval_strategy": "steps", "eval_steps": 6, "num_train_epochs": 2, "save_steps": 7}
+    behind = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            behind.append(mine._model_optimizer().tables[0]._history.length)
+
+        def on_evaluate(self, args, state, control, **kwargs):
+            assert mine._model_optimizer().tables[0]._history.length == 0
+
+    usual = make_trainer(tmp_path / "a", data, sampling_model(), **options)
+    usual.train()
+    mine = make_trainer(
+        tmp_path / "b", data, sampling_model(), [Look()], table_optimizer="adamw", **options
+    )
+    mine.train()
+    # flushed by the evaluations after steps 6 and 12 and the checkpoint after step 7
+    assert behind == [1, 2, 3, 4, 5, 6, 1, 1, 2, 3, 4, 5]
+    assert_same_weights(mine, usual, rtol=1e-4, atol=1e-5)
+    a, b = mine.evaluate(), usual.evaluate()
+    assert a["eval_/loss"] == pytest.approx(b["eval_/loss"], rel=1e-4)
+
+
+def test_formed_scores_and_recommendations_are_up_to_date(tmp_path, data):
+    options = {"table_optimizer": "adamw", "max_steps": 3, "save_strategy": "no"}
+    trainer = make_trainer(tmp_path, data, sampling_model(), **options)
+    batch = next(iter(trainer.get_train_dataloader()))
+    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+
+    def scores(look):
+        trainer.train()
+        optimizer = trainer._model_optimizer()
+        model = trainer.model.eval()
+        table = optimizer.tables[0]
+        assert table._history.length == 3
+        with torch.no_grad():
+            seen = look(model)
+            assert table._history.length == 0
+            assert torch.equal(seen, look(model))
+
+    scores(lambda model: model(inputs))
+    scores(lambda model: model(inputs, testing=True)["predictions"].dense())
+    scores(lambda model: model(inputs, testing=True)["predictions"].detach().topk(3)[0])
 
 
 @pytest.mark.parametrize("rule", ["rowwise_adamw", "adamw"])

@@ -71,9 +71,15 @@ def eagerly(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
+def up_to_date(table: Tensor) -> Tensor:
+    """The table itself; a managed one is brought up to date first, for reading all of it."""
+    if recorder_of(table) is not None:
+        _before_read(table)
+    return table
+
+
 @torch.compiler.disable(reason="rows of the table are brought up to date by t4r_fast.optim")
-def before_read(table: Tensor) -> None:
-    """Bring a managed table up to date before all of it is read."""
+def _before_read(table: Tensor) -> None:
     recorder = recorder_of(table)
     if recorder is not None:
         recorder.before_read(None)

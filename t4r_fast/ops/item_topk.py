@@ -13,7 +13,7 @@ from t4r_fast.ops._check import (
     check_scores,
     check_values,
 )
-from t4r_fast.ops._table import before_read, recorder_of
+from t4r_fast.ops._table import up_to_date
 from t4r_fast.reference import item_topk as reference
 
 MAX_K = 128
@@ -53,8 +53,7 @@ def item_topk(
     Replaces torch.topk over the logits in transformers4rec.torch.model.base.Model and its Trainer.
     """
     check_scores("item_topk", hidden, items, bias)
-    if recorder_of(items) is not None:
-        before_read(items)
+    up_to_date(items)
     check_rows("item_topk", hidden, rows)
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= MAX_K:
         raise ValueError(f"item_topk: k must be a whole number from 1 to {MAX_K}; got {k!r}")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from t4r_fast import backend
 from t4r_fast.ops._check import check_scores, check_target
-from t4r_fast.ops._table import before_read, recorder_of
+from t4r_fast.ops._table import up_to_date
 from t4r_fast.reference import target_rank as reference
 
 
@@ -54,8 +54,7 @@ def target_rank(
     """
     check_scores("target_rank", hidden, items, bias)
     check_target("target_rank", hidden, items, target, rows, ignore_index)
-    if recorder_of(items) is not None:
-        before_read(items)
+    up_to_date(items)
     functions = backend.ops(backend.pick("target_rank", hidden), reference)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         return TargetRank(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from t4r_fast import backend
 from t4r_fast.ops._check import check_scores, check_target
-from t4r_fast.ops._table import Recorder, before_read, eagerly, recorder_of, softmax_rows
+from t4r_fast.ops._table import Recorder, eagerly, recorder_of, softmax_rows, up_to_date
 from t4r_fast.reference import tied_softmax_loss as reference
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -70,7 +70,7 @@ def tied_softmax_loss(
     if recorder is None:
         loss, lse = _TiedSoftmaxLoss.apply(hidden, items, bias, target, rows, options, None)
     else:
-        before_read(items)
+        up_to_date(items)
         arguments = (hidden, items, bias, target, rows, options, recorder)
         loss, lse = eagerly(_TiedSoftmaxLoss.apply, *arguments)
     if reduction != "none":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from t4r_fast.ops._table import up_to_date
 from t4r_fast.ops.item_topk import item_topk
 from t4r_fast.ops.target_rank import TargetRank, target_rank
 
@@ -45,7 +46,7 @@ class LazyLogits:
         """The same scores, cut from the graph."""
         return LazyLogits(
             self.hidden.detach(),
-            self.items.detach(),
+            up_to_date(self.items).detach(),
             self.labels,
             bias=None if self.bias is None else self.bias.detach(),
             temperature=self.temperature,
@@ -76,7 +77,7 @@ class LazyLogits:
         """The (N, V) scores of the N rows that have a target, differentiable."""
         if self._dense is None:
             hidden = self.hidden[self.labels != self.padding_idx]
-            scores = hidden @ self.items.T
+            scores = hidden @ up_to_date(self.items).T
             if self.bias is not None:
                 scores = scores + self.bias
             scores = scores / self.temperature

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from t4r_fast.compat import get_compat, warn_once
+from t4r_fast.ops._table import up_to_date
 from t4r_fast.ops.item_topk import item_topk
 from t4r_fast.ops.sampled_softmax_loss import SAMPLERS, sampled_softmax_loss
 from t4r_fast.ops.tied_softmax_loss import tied_softmax_loss
@@ -251,7 +252,7 @@ class NextItemPredictionTask(nn.Module):
         items, bias = self.pre.module.items, self.pre.module.output_layer_bias
         if top_k is not None:
             return item_topk(hidden, items, top_k, bias=bias, temperature=self.softmax_temperature)
-        scores = hidden @ items.T
+        scores = hidden @ up_to_date(items).T
         if bias is not None:
             scores = scores + bias
         scores = scores / self.softmax_temperature
