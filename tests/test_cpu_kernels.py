@@ -14,6 +14,8 @@ from harness import ROOT, check, lanes, run_on
 from test_tied_softmax_loss import make_inputs, naive
 
 from t4r_fast import backend
+from t4r_fast.ops.item_topk import item_topk
+from t4r_fast.ops.target_rank import target_rank
 from t4r_fast.ops.tied_softmax_loss import tied_softmax_loss
 
 LOSS = "tied_softmax_loss"
@@ -99,6 +101,44 @@ def test_small_gradients_are_not_dropped():
     torch.testing.assert_close(leaf.grad[:, 0].double(), truth, rtol=2e-5, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_block_boundaries_of_rank_and_topk(shape, dtype):
+    """Whole numbers: scores are exact, ties abound."""
+    n, v, d = shape
+    g = torch.Generator().manual_seed(n * 101 + v)
+    hidden = torch.randint(-2, 3, (n, d), generator=g)
+    items = torch.randint(-2, 3, (v, d), generator=g)
+    target = torch.randint(0, v, (n,), generator=g)
+    bias = torch.randint(-3, 4, (v,), generator=g) if v % 2 else None
+    scores = hidden @ items.T + (0 if bias is None else bias)
+    own = scores.gather(1, target[:, None])
+    before = torch.arange(v) < target[:, None]
+    with backend.use("cpu"):
+        given = [t.to(dtype) for t in (hidden, items)]
+        bias = None if bias is None else bias.to(dtype)
+        above, tied_before, tied_after = target_rank(*given, target, bias=bias)
+        best, ids = item_topk(*given, min(v, 20), bias=bias)
+    assert torch.equal(above, (scores > own).sum(1))
+    assert torch.equal(tied_before, ((scores == own) & before).sum(1))
+    assert torch.equal(tied_before + tied_after, (scores == own).sum(1) - 1)
+    order = scores.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(best.long(), order.values[:, :20])
+    assert torch.equal(ids, order.indices[:, :20])
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("n", [3, 40, 200])
+def test_a_rank_is_the_place_in_topk(n, seed):
+    """Also for scores that rounding makes, with equal items among them."""
+    g = torch.Generator().manual_seed(seed)
+    hidden, items = torch.randn(n, 37, generator=g), torch.randn(60, 37, generator=g).repeat(2, 1)
+    ids = item_topk(hidden, items, 120)[1]
+    for place in (0, 7, 119):
+        rank = target_rank(hidden, items, ids[:, place])
+        assert torch.equal(rank.above + rank.tied_before, torch.full((n,), place))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_repeats_bit_for_bit_with_threads(threads):
     before = torch.get_num_threads()
@@ -107,8 +147,12 @@ def test_repeats_bit_for_bit_with_threads(threads):
     try:
         torch.set_num_threads(threads)
         first, second = gradients(inputs), gradients(inputs)
+        best = item_topk(inputs["hidden"], inputs["items"], 50)
+        rank = target_rank(inputs["hidden"], inputs["items"], best[1][:, 49])
     finally:
         torch.set_num_threads(before)
+    assert all(map(torch.equal, best, item_topk(inputs["hidden"], inputs["items"], 50)))
+    assert torch.equal(rank.above + rank.tied_before, torch.full((100,), 49))
     for a, b, c in zip(first, second, single, strict=True):
         assert torch.equal(a, b)
         torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-6)
@@ -139,20 +183,27 @@ def test_offsets_past_2_to_the_31():
     assert torch.equal(far, near)
 
 
-@pytest.mark.parametrize("names", [("fwd",), ("bwd",)], ids=str)
-def test_opcheck(names):
+@pytest.mark.parametrize("function", ["fwd", "bwd", "rank", "topk"])
+def test_opcheck(function):
     inputs = make_inputs(9, 30, 6, bias=True)
     rows = torch.tensor([8, 0, -1, 3, 3])
     tensors = [inputs[k] for k in ("hidden", "items", "target", "bias")] + [rows]
     options = (2.0, 3.0, 0.1, 0.01, -100)
     with run_on("cpu", LOSS):
         loss, lse = torch.ops.t4r_fast.tied_softmax_loss_fwd(*tensors, *options)
-    if names == ("fwd",):
-        torch.library.opcheck(torch.ops.t4r_fast.tied_softmax_loss_fwd, (*tensors, *options))
-    else:
+    ops = torch.ops.t4r_fast
+    if function == "fwd":
+        torch.library.opcheck(ops.tied_softmax_loss_fwd, (*tensors, *options))
+    if function == "rank":
+        torch.library.opcheck(ops.target_rank_fwd, (*tensors, -100))
+    if function == "topk":
+        hidden, items, _, bias, rows = tensors
+        exclude = torch.arange(18).reshape(9, 2)
+        torch.library.opcheck(ops.item_topk_fwd, (hidden, items, 4, bias, rows, 2.0, exclude, 0))
+    if function == "bwd":
         given = (torch.ones_like(loss), torch.ones_like(loss), *tensors, lse, *options)
         for needs in ((True, True, True), (False, True, False)):
-            torch.library.opcheck(torch.ops.t4r_fast.tied_softmax_loss_bwd, (*given, *needs))
+            torch.library.opcheck(ops.tied_softmax_loss_bwd, (*given, *needs))
 
 
 def python(code, **environment):

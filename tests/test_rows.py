@@ -12,9 +12,7 @@ import t4r_fast
 LATER = "not written yet: the reference runs"
 ROWS_WITHOUT = {
     "csrc/cpu": {
-        "item_topk": LATER,
         "ranking_metrics": "a few elementwise operations on (N, len(ks)): nothing to gain",
-        "target_rank": LATER,
     },
     "kernels/triton": {
         "item_topk": LATER,

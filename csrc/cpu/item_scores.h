@@ -249,6 +249,12 @@ void score_few_rows(const Tile<typename X::T>& tile, const PackedRows<typename X
   if (first < rows.count) score_few<X, 1>(tile, rows, first, scores + first, scores_stride);
 }
 
+template <class T>
+int vectors_of_panel(int64_t rows, int64_t start, int lanes) {
+  const int64_t left = rows - start;
+  return left < kPanel<T> ? static_cast<int>((left + lanes - 1) / lanes) : kPanel<T> / lanes;
+}
+
 // scores[v][row] of a tile for the panel of rows that begins at `start`.
 template <class X>
 void score_panel(const Tile<typename X::T>& tile, const PackedRows<typename X::T>& rows,

@@ -34,6 +34,14 @@ struct F32 {
   static V select(M m, V a, V b) { return _mm256_blendv_ps(b, a, m); }
   static uint32_t bits(M m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
 
+  // Counts per lane: of a tile, so 32 bits are enough.
+  using Count = __m256i;
+  static Count no_count() { return _mm256_setzero_si256(); }
+  static Count count(Count c, M m) { return _mm256_sub_epi32(c, _mm256_castps_si256(m)); }
+  static void store_count(int32_t* p, Count c) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), c);
+  }
+
   static T sum(V v) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -80,6 +88,15 @@ struct F64 {
   static M equal(V a, V b) { return _mm256_cmp_pd(a, b, _CMP_EQ_OQ); }
   static V select(M m, V a, V b) { return _mm256_blendv_pd(b, a, m); }
   static uint32_t bits(M m) { return static_cast<uint32_t>(_mm256_movemask_pd(m)); }
+
+  using Count = __m256i;
+  static Count no_count() { return _mm256_setzero_si256(); }
+  static Count count(Count c, M m) { return _mm256_sub_epi64(c, _mm256_castpd_si256(m)); }
+  static void store_count(int32_t* p, Count c) {
+    int64_t wide[L];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(wide), c);
+    for (int i = 0; i < L; ++i) p[i] = static_cast<int32_t>(wide[i]);
+  }
 
   static T sum(V v) {
     const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));

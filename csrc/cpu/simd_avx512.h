@@ -34,6 +34,12 @@ struct F32 {
   static V select(M m, V a, V b) { return _mm512_mask_blend_ps(m, b, a); }
   static uint32_t bits(M m) { return m; }
 
+  // Counts per lane: of a tile, so 32 bits are enough.
+  using Count = __m512i;
+  static Count no_count() { return _mm512_setzero_si512(); }
+  static Count count(Count c, M m) { return _mm512_mask_add_epi32(c, m, c, _mm512_set1_epi32(1)); }
+  static void store_count(int32_t* p, Count c) { _mm512_storeu_si512(p, c); }
+
   static T sum(V v) { return _mm512_reduce_add_ps(v); }
 
   static V exp(V x) {
@@ -74,6 +80,13 @@ struct F64 {
   static M equal(V a, V b) { return _mm512_cmp_pd_mask(a, b, _CMP_EQ_OQ); }
   static V select(M m, V a, V b) { return _mm512_mask_blend_pd(m, b, a); }
   static uint32_t bits(M m) { return m; }
+
+  using Count = __m512i;
+  static Count no_count() { return _mm512_setzero_si512(); }
+  static Count count(Count c, M m) { return _mm512_mask_add_epi64(c, m, c, _mm512_set1_epi64(1)); }
+  static void store_count(int32_t* p, Count c) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi64_epi32(c));
+  }
 
   static T sum(V v) { return _mm512_reduce_add_pd(v); }
 

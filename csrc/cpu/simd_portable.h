@@ -50,6 +50,14 @@ struct PortableSimd {
     for (int i = 0; i < L; ++i) out |= static_cast<uint32_t>(m[i] & 1) << i;
     return out;
   }
+  // Counts per lane: of a tile, so 32 bits are enough.
+  using Count = I;
+  static Count no_count() { return I{}; }
+  static Count count(Count c, M m) { return c - m; }
+  static void store_count(int32_t* p, Count c) {
+    for (int i = 0; i < L; ++i) p[i] = static_cast<int32_t>(c[i]);
+  }
+
   static T sum(V v) {
     T total = v[0];
     for (int i = 1; i < L; ++i) total += v[i];

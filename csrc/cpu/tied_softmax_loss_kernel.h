@@ -85,12 +85,6 @@ inline const Target* find_targets(const Target* targets, int64_t count, int64_t 
   return targets + low;
 }
 
-template <class T>
-int vectors_of_panel(int64_t rows, int64_t start, int lanes) {
-  const int64_t left = rows - start;
-  return left < kPanel<T> ? static_cast<int>((left + lanes - 1) / lanes) : kPanel<T> / lanes;
-}
-
 // One vector of rows takes in the scores of a tile.
 template <class X>
 void take_in(int count, const typename X::T* z, int64_t stride, typename X::T* top, double* total) {

@@ -48,7 +48,8 @@ def item_topk(
 
     Where fewer than k items are left the rest is score -inf and id -1, as is a skipped row; an item
     whose score is -inf is never returned. nan ranks as +inf, above everything. Not differentiable.
-    Memory: O(N k) and one chunk of the items. Raises ValueError or TypeError on shapes, dtypes and
+    Memory: O(N k) and one chunk of the items; the C++ kernels copy rows of hidden and items whose
+    elements are not next to each other. Raises ValueError or TypeError on shapes, dtypes and
     options, IndexError on a row or id out of range.
     Replaces torch.topk over the logits in transformers4rec.torch.model.base.Model and its Trainer.
     """
@@ -88,3 +89,27 @@ def _check_exclude(hidden: Tensor, items: Tensor, exclude: Tensor) -> None:
         "or negative to be ignored",
         "place",
     )
+
+
+def _fake(
+    hidden: Tensor,
+    items: Tensor,
+    k: int,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    temperature: float,
+    exclude: Tensor | None,
+    padding_idx: int | None,
+) -> tuple[Tensor, Tensor]:
+    size = hidden.shape[0] if rows is None else rows.shape[0]
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    scores = hidden.new_empty((size, k), dtype=dtype)
+    return scores, hidden.new_empty((size, k), dtype=torch.int64)
+
+
+backend.declare(
+    "item_topk",
+    "item_topk_fwd(Tensor hidden, Tensor items, int k, Tensor? bias, Tensor? rows,"
+    " float temperature, Tensor? exclude, int? padding_idx) -> (Tensor, Tensor)",
+    fake=_fake,
+)

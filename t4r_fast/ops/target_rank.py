@@ -48,7 +48,8 @@ def target_rank(
     A rank is 0-based: `above + tied_before` is the row's place when ties go by lowest id, as in
     `item_topk`. Skipped and ignored rows have above = -1 and ties 0. A nan score stands above
     everything, and a target whose own score is nan stands last. Not differentiable.
-    Memory: O(N) and one chunk of the items. Raises ValueError or TypeError on shapes and dtypes,
+    Memory: O(N) and one chunk of the items; the C++ kernels copy rows of hidden and items whose
+    elements are not next to each other. Raises ValueError or TypeError on shapes and dtypes,
     IndexError on a target or row out of range.
     Replaces the top-k and one-hot of transformers4rec.torch.ranking_metric.
     """
@@ -60,3 +61,23 @@ def target_rank(
         return TargetRank(
             *functions.target_rank_fwd(hidden, items, target, bias, rows, ignore_index)
         )
+
+
+def _fake(
+    hidden: Tensor,
+    items: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    like = target if rows is None else rows
+    return like.new_empty(like.shape), like.new_empty(like.shape), like.new_empty(like.shape)
+
+
+backend.declare(
+    "target_rank",
+    "target_rank_fwd(Tensor hidden, Tensor items, Tensor target, Tensor? bias, Tensor? rows,"
+    " int ignore_index) -> (Tensor, Tensor, Tensor)",
+    fake=_fake,
+)

@@ -1,0 +1,12 @@
+#include "simd_avx512.h"
+// The vector unit comes first.
+#include "item_topk_kernel.h"
+
+namespace t4r_fast {
+
+extern const TopkKernels<float> item_topk_f32_avx512;
+extern const TopkKernels<double> item_topk_f64_avx512;
+const TopkKernels<float> item_topk_f32_avx512 = topk_kernels<F32>();
+const TopkKernels<double> item_topk_f64_avx512 = topk_kernels<F64>();
+
+}  // namespace t4r_fast

@@ -1,0 +1,87 @@
+// target_rank for one instruction set. Included after simd_<set>.h.
+#pragma once
+
+#include "item_scores.h"
+#include "target_rank.h"
+
+namespace {
+
+using t4r_fast::RankScan;
+
+// The target's score by the loop that scores everything else, so that it equals itself, and items
+// with equal vectors, bit for bit.
+template <class X>
+void score_targets(const RankScan<typename X::T>& a, int64_t row, int64_t stop,
+                   typename X::T* scratch) {
+  using T = typename X::T;
+  T* const item = scratch;
+  T* const z = scratch + kTile * a.rows.padded;
+  T* const bias = z + kTile * kPanel<T>;
+  const Matrix& items = a.table.items;
+  for (int64_t k = a.rows.width; k < a.rows.padded; ++k) item[k] = 0;
+  for (; row < stop; ++row) {
+    const int64_t start = row / kPanel<T> * kPanel<T>;
+    convert(items, a.target[row] * items.stride, a.rows.width, item);
+    Tile<T> tile{item, 0, a.target[row], 1, nullptr};  // stride 0: the same item in every place
+    if (a.table.bias.data) {
+      convert(a.table.bias, a.target[row] * a.table.bias.stride, 1, bias);
+      for (int v = 1; v < kTile; ++v) bias[v] = bias[0];
+      tile.bias = bias;
+    }
+    score_panel<X>(tile, a.rows, start, vectors_of_panel<T>(a.rows.count, start, X::L), z,
+                   kPanel<T>);
+    a.own[row] = z[row - start];
+  }
+}
+
+// Ties are rare but for the target's own: one row at a time.
+template <typename T>
+int64_t count_before(const Tile<T>& tile, int64_t target, const T* z, int64_t stride, T own) {
+  int64_t before = 0;
+  for (int v = 0; v < tile.count && tile.first + v < target; ++v) before += z[v * stride] == own;
+  return before;
+}
+
+template <class X>
+void rank_scan(const RankScan<typename X::T>& a, int64_t index, int64_t stop,
+               typename X::T* scratch) {
+  using T = typename X::T;
+  T* const copy = scratch;
+  T* const z = scratch + kTile * a.rows.padded;
+  T* const bias = z + kTile * kPanel<T>;
+  for (; index < stop; ++index) {
+    const Tile<T> tile = load_tile(a.table, index, a.rows.padded, copy, bias);
+    for (int64_t start = 0; start < a.rows.count; start += kPanel<T>) {
+      const int vectors = vectors_of_panel<T>(a.rows.count, start, X::L);
+      score_panel<X>(tile, a.rows, start, vectors, z, kPanel<T>);
+      for (int c = 0; c < vectors; ++c) {
+        const int64_t first = start + c * X::L;
+        const typename X::V own = X::load(a.own + first);
+        const T* p = z + c * X::L;
+        auto above = X::no_count(), tied = X::no_count();
+        for (int v = 0; v < tile.count; ++v) {
+          const typename X::V x = X::load(p + v * kPanel<T>);
+          above = X::count(above, X::not_less_equal(x, own));
+          tied = X::count(tied, X::equal(x, own));
+        }
+        int32_t higher[X::L], equal[X::L];
+        X::store_count(higher, above);
+        X::store_count(equal, tied);
+        for (int i = 0; i < X::L && first + i < a.rows.count; ++i) {
+          const int64_t row = first + i;
+          a.above[row] += higher[i];
+          if (equal[i] == 0) continue;
+          a.tied[row] += equal[i];
+          a.tied_before[row] += count_before(tile, a.target[row], p + i, kPanel<T>, a.own[row]);
+        }
+      }
+    }
+  }
+}
+
+template <class X>
+constexpr t4r_fast::RankKernels<typename X::T> rank_kernels() {
+  return {X::L, pack_rows<X>, score_targets<X>, rank_scan<X>};
+}
+
+}  // namespace
