@@ -1,11 +1,13 @@
 """tied_table_step against torch.optim on the formed gradient."""
 
 import math
+import os
 
 import pytest
 import torch
 import torch.nn.functional as F
 from harness import LargestTensor, compare, lanes, run_on
+from test_cpu_kernels import has, python
 
 from t4r_fast import backend
 from t4r_fast.ops._table import softmax_rows
@@ -322,6 +324,56 @@ def test_memory_is_one_chunk(monkeypatch):
                 tied_table_step(items, state, softmax, lookup, step=1, lr=LR)
                 tied_table_grad_norm(items, softmax, lookup)
             assert seen.elements <= 64 * 100
+
+
+# Panels of 48 rows, tiles of 96 items, blocks of 192 rows, vectors of 2 to 16.
+BOUNDARIES = [
+    (n, v, d)
+    for i, n in enumerate((1, 4, 5, 17, 47, 49, 97, 192, 193, 385))
+    for v, d in [((95, 96, 97, 193, 290)[i % 5], (1, 7, 16, 17, 64, 65, 129)[i % 7])]
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", BOUNDARIES, ids=str)
+@pytest.mark.parametrize("kind", ["sgd", "rowwise_adamw"])
+def test_block_boundaries(kind, shape, dtype):
+    """Every row's movement, on the C++ kernels; what is lost at an edge shows."""
+    cases = [[case(*shape, bias=shape[1] % 2 == 0, lookups=40)]]
+    cases[0][0]["target"][-1] = shape[1] - 1
+    rule = {"kind": kind, "eps": 1e-2, "weight_decay": DECAY}
+    if kind == "sgd":
+        del rule["eps"]
+    check_training("cpu", dtype, *shape[1:], cases, rule, {"temperature": shape[2] ** 0.5})
+
+
+def test_offsets_past_2_to_the_31():
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        items = torch.empty(2**25 + 8, 64, dtype=torch.bfloat16)  # 4 GiB, of which 3 rows are used
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+    ids = torch.tensor([2**25 + 7, 3, 2**25])
+    items[ids] = 1.0
+    lookup = [(ids, torch.tensor([[0.25], [0.5], [0.75]]).expand(3, 64))]
+    with run_on("cpu", "tied_table_step"):
+        tied_table_step(items, {}, (), lookup, kind="sgd", step=1, lr=1.0, touched_only=True)
+    assert torch.equal(items[ids].float(), 1 - lookup[0][1])
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_other_instruction_sets(isa):
+    """The kernels' tests once more in a process that is told what to take."""
+    if os.environ.get("T4R_FAST_CPU_ISA"):
+        pytest.skip("this process is told already")
+    if not has(isa):
+        pytest.skip(f"this CPU has no {isa}")
+    chosen = "(block_boundaries and float32) or (touched_rows_with and cpu and adam)"
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-k", chosen, __file__]
+    code = f"import pytest; raise SystemExit(pytest.main({options!r}))"
+    done = python(code, T4R_FAST_CPU_ISA=isa)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # -- touched rows ----------------------------------------------------------------------------------
