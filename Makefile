@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 
-.PHONY: setup build test test-fast lint check fmt demo doctor bench bench-table bench-micro bench-t4rec clean
+.PHONY: setup build test test-fast sanitize lint check fmt demo doctor bench bench-table bench-micro bench-t4rec clean
 
 setup: $(VENV)/.installed
 
@@ -40,6 +40,10 @@ test: setup
 
 test-fast: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+# The C++ ops under AddressSanitizer and UndefinedBehaviorSanitizer; needs g++.
+sanitize: setup
+	$(BIN)/python tests/sanitize.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

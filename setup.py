@@ -116,6 +116,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_CXX_COMPILER={cxx}",
             f"-DTORCH_ROOT={torch_root}",
             f"-DT4R_FAST_OUTPUT={output}",
+            f"-DT4R_FAST_SANITIZE={os.environ.get('T4R_FAST_SANITIZE', '')}",
             *host,
         ]
         self.step("configure", configure)

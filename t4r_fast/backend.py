@@ -51,9 +51,15 @@ _forced: str | None = os.environ.get("T4R_FAST_BACKEND") or None
 
 
 def _load_cpu() -> str | None:
-    """Load the C++ kernels; the reason in words if that is not possible."""
-    path = Path(__file__).parent / "libt4r_fast_cpu.so"
+    """Load the C++ kernels; the reason in words if that is not possible.
+
+    T4R_FAST_CPU_LIBRARY names another build of them, as `make sanitize` does.
+    """
+    chosen = os.environ.get("T4R_FAST_CPU_LIBRARY")
+    path = Path(chosen) if chosen else Path(__file__).parent / "libt4r_fast_cpu.so"
     if not path.exists():
+        if chosen:
+            return f"T4R_FAST_CPU_LIBRARY names {path}, which does not exist: correct or unset it"
         return f"{path.name} is not built: {_BUILD_HINT}"
     try:
         torch.ops.load_library(str(path))

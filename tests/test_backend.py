@@ -144,6 +144,16 @@ def test_unbuilt_package_refuses_its_kernels(unbuilt):
     assert "pip install" in last
 
 
+@needs_cpu
+def test_another_library_can_be_chosen(unbuilt, tmp_path):
+    code = "import torch, t4r_fast; print(t4r_fast.backend.pick('mask_mlm', torch.zeros(1)))"
+    built = str(ROOT / "t4r_fast/libt4r_fast_cpu.so")
+    assert run_python(code, unbuilt, T4R_FAST_CPU_LIBRARY=built).stdout == "cpu\n"
+    done = run_python(code, T4R_FAST_CPU_LIBRARY=str(tmp_path / "none.so"))
+    assert done.stdout == "reference\n"
+    assert f"T4R_FAST_CPU_LIBRARY names {tmp_path}/none.so, which does not exist" in done.stderr
+
+
 def test_broken_library_is_named(unbuilt):
     (unbuilt / "t4r_fast" / "libt4r_fast_cpu.so").write_bytes(b"not a library")
     try:

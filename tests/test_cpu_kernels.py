@@ -254,7 +254,8 @@ def test_every_instruction_set(isa):
         pytest.skip("this process takes it by itself")
     ops = [op for op in (LOSS, "target_rank", "item_topk") if "cpu" in lanes(op)]
     files = [str(ROOT / f"tests/test_{op}.py") for op in ops]
-    chosen = "block_boundaries or (one-chunk and cpu)"
+    files.append(str(ROOT / "tests/test_cpu_calls.py"))
+    chosen = "block_boundaries or memory_anywhere or (one-chunk and cpu)"
     options = ["-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
     code = f"import pytest; raise SystemExit(pytest.main({[*files, __file__, *options]!r}))"
     done = python(code, T4R_FAST_CPU_ISA=isa)

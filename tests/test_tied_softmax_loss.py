@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import LargestTensor, check, lanes, run_on
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from t4r_fast import backend
 from t4r_fast.ops.tied_softmax_loss import tied_softmax_loss
@@ -205,6 +207,25 @@ def test_gradients_of_a_row_sum_to_zero(lane):
         items = inputs["items"].requires_grad_()
         tied_softmax_loss(**inputs).backward()
     assert items.grad.sum(0).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("lane", LANES)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    n=st.sampled_from([0, 1, 4, 5, 23, 24, 25, 48, 49, 96, 97, 193]),
+    v=st.sampled_from([1, 2, 95, 96, 97, 193]),
+    d=st.sampled_from([1, 3, 8, 15, 16, 17, 31, 32, 33, 64, 65, 129]),
+    bias=st.booleans(),
+    ignored=st.booleans(),
+    options=st.sampled_from(list(OPTIONS.values())),
+)
+def test_any_shape(lane, n, v, d, bias, ignored, options):
+    inputs = make_inputs(n, v, d, bias, scale=d**-0.5)
+    if ignored:
+        inputs["target"][::3] = -100
+    options = {**options, "reduction": "none", "return_lse": True}
+    # dbias is one number per item: some cancel to nothing but rounding
+    check(lane, tied_softmax_loss, naive, inputs, options, torch.float64, ("hidden", "items"))
 
 
 @pytest.mark.usefixtures("chunks")

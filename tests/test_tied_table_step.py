@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import LargestTensor, compare, lanes, run_on
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_cpu_kernels import has, python
 
 from t4r_fast import backend
@@ -194,6 +196,69 @@ def test_three_steps_equal_torch_optim(lane, dtype, rule):
 @pytest.mark.parametrize("kind", KINDS)
 def test_shapes(lane, shape, kind):
     check_training(lane, torch.float32, *shape[1:], [[case(*shape)]], {"kind": kind})
+
+
+@pytest.mark.parametrize("lane", LANES)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    n=st.sampled_from([0, 1, 2, 24, 25, 47, 48, 49, 97]),
+    v=st.sampled_from([1, 2, 95, 96, 97, 193]),
+    d=st.sampled_from([1, 3, 8, 15, 16, 17, 33, 64, 65]),
+    bias=st.booleans(),
+    lookups=st.sampled_from([0, 1, 40]),
+    rule=st.sampled_from([RULES["sgd"], {"kind": "adagrad", "eps": 1e-3}, RULES["adamw slow"]]),
+)
+def test_any_shape(lane, n, v, d, bias, lookups, rule):
+    """With a large eps: a quotient of gradients that cancel has few exact bits."""
+    c = case(n, v, d, bias=bias, lookups=lookups)
+    c["target"][::3] = -100
+    check_training(lane, torch.float64, v, d, [[c]], rule)
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_counted_moves_nothing(lane, kind):
+    items, c = table(97, 5, torch.float32), case(6, 97, 5, lookups=0)
+    c["target"][:] = -100
+    with run_on(lane, "tied_table_step"):
+        softmax, lookup = pieces(items, c, {})
+        got = items.clone()
+        tied_table_step(got, table_state(items, kind), softmax, lookup, kind=kind, step=1, lr=LR)
+        assert tied_table_grad_norm(items, softmax, lookup) == 0
+    assert torch.equal(got, items)
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_gradients_of_a_row_sum_to_zero(lane):
+    """Sum of p = 1: the loss moves no column's sum."""
+    items, c = table(500, 16, torch.float64), typed(case(8, 500, 16, lookups=0), torch.float64)
+    with run_on(lane, "tied_table_step"):
+        softmax, _ = pieces(items, c, {})
+        got = items.clone()
+        tied_table_step(got, {}, softmax, kind="sgd", step=1, lr=1.0)
+    moved = got - items
+    assert moved.abs().min() > 0
+    assert moved.sum(0).abs().max() < 1e-13 * moved.abs().sum(0).max()
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_table_past_2_to_the_31(lane, tmp_path):
+    """V * D = 2**31 + 640, in a file of holes: rows past 2**31 elements, and no others, move."""
+    d, v, used = 64, 2**25 + 10, 10
+    path = tmp_path / "items"
+    with path.open("wb") as file:
+        file.truncate(2 * v * d)
+    items = torch.from_file(str(path), shared=True, size=v * d, dtype=torch.bfloat16).view(v, d)
+    near = table(used, d, torch.bfloat16)
+    items[v - used :] = near
+    ids = torch.tensor([9, 2, 9, 4])
+    values = torch.randn(4, d, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with run_on(lane, "tied_table_step"):
+        for w, first in ((items, v - used), (near, 0)):
+            rule = {"kind": "sgd", "step": 1, "lr": LR, "touched_only": True}
+            tied_table_step(w, {}, lookup=[(ids + first, values)], **rule)
+    assert torch.equal(items[v - used :], near)
+    assert not items[:used].any()
 
 
 @pytest.mark.parametrize("lane", LANES)
