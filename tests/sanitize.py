@@ -115,7 +115,8 @@ def run(isa: str, preload: str) -> bool:
     }
     files = [*(f"tests/test_{op}.py" for op in OPS), *COMMON]
     # --capture=sys: the sanitizers write to the process's own stderr and end it
-    options = ["--capture=sys", "-p", "sanitize", "-p", "no:cacheprovider", "--deselect", LEFT_OUT]
+    options = ["--capture=sys", "-p", "sanitize", "-p", "no:cacheprovider", "-m", "not slow"]
+    options += ["--deselect", LEFT_OUT]
     command = [sys.executable, "-m", "pytest", *options, *sys.argv[1:], *files]
     print(f"\n== {isa}: {' '.join(command[1:])}", flush=True)
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}).returncode == 0

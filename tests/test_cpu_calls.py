@@ -1,9 +1,13 @@
 """What holds for every C++ op: several callers, any number of threads, memory anywhere."""
 
 import ctypes
+import math
 import mmap
+import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pytest
 import test_sampled_softmax_loss as sampled
 import test_sequence_embedding as embedding
@@ -14,6 +18,7 @@ from harness import ROOT, run_on
 from test_mask_mlm import SEED, some_sessions
 
 import t4r_fast
+from t4r_fast.ops._table import softmax_rows
 from t4r_fast.ops.tied_table_step import table_state, tied_table_grad_norm
 
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16}
@@ -217,6 +222,48 @@ def test_sessions_past_2_to_the_31(op, tmp_path):
     with run_on("cpu", op):
         found, near = (getattr(t4r_fast, op)(ids, **options) for ids in (far, far.clone()))
     assert same(found, near)
+
+
+def available_gib():
+    text = Path("/proc/meminfo").read_text()
+    return int(re.search(r"MemAvailable: *(\d+) kB", text)[1]) / 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(available_gib() < 12, reason="needs 12 GiB of memory")
+def test_whole_tables_past_2_to_the_31(monkeypatch):
+    """V * D = 2**31 + 2048. Only the last item scores, 8; the table's zeros take no memory."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    v, d = 2**20 + 1, 2048
+    items = torch.from_numpy(np.zeros((v, d), np.int16)).view(torch.bfloat16)
+    items[-1] = 2.0**-8
+    hidden = torch.ones(1, d, dtype=torch.bfloat16, requires_grad=True)
+    last = torch.tensor([v - 1])
+    scores, ids = t4r_fast.item_topk(hidden, items, 2)
+    assert (scores.tolist(), ids.tolist()) == ([[8, 0]], [[v - 1, 0]])
+    for target, wanted in ((v - 1, (0, 0, 0)), (v - 3, (1, v - 3, 1))):
+        rank = t4r_fast.target_rank(hidden, items, torch.tensor([target]))
+        assert tuple(count.item() for count in rank) == wanted
+
+    total = v - 1 + math.exp(8)
+    loss, lse = t4r_fast.tied_softmax_loss(hidden, items.requires_grad_(), last, return_lse=True)
+    dhidden, ditems = torch.autograd.grad(loss, [hidden, items])
+    assert loss.item() == pytest.approx(math.log(total) - 8, rel=1e-5)
+    moves = torch.tensor([1 / total, 1 / total, math.exp(8) / total - 1])
+    torch.testing.assert_close(ditems[[0, -2, -1], -1].float(), moves, rtol=1e-2, atol=0)
+    assert torch.equal(ditems[:-1:999].amax(), ditems[:-1:999].amin())
+    torch.testing.assert_close(dhidden, (moves[2] * 2.0**-8).bfloat16().expand(1, d))
+    del ditems
+
+    one = softmax_rows(torch.ones(1), None, hidden.detach(), v, last, None, None, lse.detach())
+    norm = tied_table_grad_norm(items, [one])
+    assert norm.item() == pytest.approx(
+        math.sqrt(d * ((v - 1) / total**2 + moves[2] ** 2)), rel=1e-2
+    )
+    t4r_fast.tied_table_step(items, {}, [one], kind="sgd", step=1, lr=1.0)
+    torch.testing.assert_close(items[[0, -2], -1].float(), -moves[:2], rtol=1e-2, atol=0)
+    torch.testing.assert_close(items[-1, -1].float(), 2.0**-8 - moves[2], rtol=1e-2, atol=0)
+    assert torch.equal(items[:-1:999].amax(), items[:-1:999].amin())
 
 
 @pytest.mark.parametrize("scope", sampled.SCOPES)

@@ -242,26 +242,6 @@ def test_gradients_of_a_row_sum_to_zero(lane):
 
 
 @pytest.mark.parametrize("lane", LANES)
-def test_table_past_2_to_the_31(lane, tmp_path):
-    """V * D = 2**31 + 640, in a file of holes: rows past 2**31 elements, and no others, move."""
-    d, v, used = 64, 2**25 + 10, 10
-    path = tmp_path / "items"
-    with path.open("wb") as file:
-        file.truncate(2 * v * d)
-    items = torch.from_file(str(path), shared=True, size=v * d, dtype=torch.bfloat16).view(v, d)
-    near = table(used, d, torch.bfloat16)
-    items[v - used :] = near
-    ids = torch.tensor([9, 2, 9, 4])
-    values = torch.randn(4, d, generator=torch.Generator().manual_seed(0)).bfloat16()
-    with run_on(lane, "tied_table_step"):
-        for w, first in ((items, v - used), (near, 0)):
-            rule = {"kind": "sgd", "step": 1, "lr": LR, "touched_only": True}
-            tied_table_step(w, {}, lookup=[(ids + first, values)], **rule)
-    assert torch.equal(items[v - used :], near)
-    assert not items[:used].any()
-
-
-@pytest.mark.parametrize("lane", LANES)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.usefixtures("chunks")
 def test_options_of_the_loss(lane, options):
