@@ -5,6 +5,7 @@ Commands import what they need when they run, so that `t4r-fast --help` answers 
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 import warnings
@@ -39,6 +40,7 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
         bool,
@@ -49,6 +51,11 @@ def _options(
     _debug = debug
     if not debug:
         warnings.showwarning = show_warning
+    if context.invoked_subcommand != "bench":
+        # OpenMP threads that wait for each other spin. Where another process takes a core, that
+        # made a training step of two threads 9 to 60 times as slow (2 cores, GRU and XLNet);
+        # asleep it stays within 1.6 times the step of one thread. Read when torch is loaded.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 for _group in (tutorial, etl, serving, bench, doctor):
