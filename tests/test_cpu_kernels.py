@@ -190,10 +190,11 @@ def test_opcheck(function):
     tensors = [inputs[k] for k in ("hidden", "items", "target", "bias")] + [rows]
     options = (2.0, 3.0, 0.1, 0.01, -100)
     with run_on("cpu", LOSS):
-        loss, lse = torch.ops.t4r_fast.tied_softmax_loss_fwd(*tensors, *options)
+        found = torch.ops.t4r_fast.tied_softmax_loss_fwd(*tensors, *options, 0, False)
+    loss, *kept = found  # lse, stash, mean
     ops = torch.ops.t4r_fast
     if function == "fwd":
-        torch.library.opcheck(ops.tied_softmax_loss_fwd, (*tensors, *options))
+        torch.library.opcheck(ops.tied_softmax_loss_fwd, (*tensors, *options, 0, False))
     if function == "rank":
         torch.library.opcheck(ops.target_rank_fwd, (*tensors, -100))
     if function == "topk":
@@ -201,7 +202,7 @@ def test_opcheck(function):
         exclude = torch.arange(18).reshape(9, 2)
         torch.library.opcheck(ops.item_topk_fwd, (hidden, items, 4, bias, rows, 2.0, exclude, 0))
     if function == "bwd":
-        given = (torch.ones_like(loss), torch.ones_like(loss), *tensors, lse, *options)
+        given = (torch.ones_like(loss), torch.ones_like(loss), *tensors, *kept, *options)
         for needs in ((True, True, True), (False, True, False)):
             torch.library.opcheck(ops.tied_softmax_loss_bwd, (*given, *needs))
 

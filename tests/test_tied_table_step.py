@@ -130,7 +130,7 @@ def pieces(items, c, options):
     numbers = {"temperature": 1.0, "softcap": 0.0, "label_smoothing": 0.0, "z_loss": 0.0} | options
     functions = backend.ops(backend.pick("tied_softmax_loss", items), loss_reference)
     inputs = (c["hidden"], items, c["target"], c["bias"], c["rows"])
-    _, lse = functions.tied_softmax_loss_fwd(*inputs, *numbers.values(), -100)
+    _, lse, *_ = functions.tied_softmax_loss_fwd(*inputs, *numbers.values(), -100, 0, False)
     made = softmax_rows(
         torch.ones_like(lse), None, c["hidden"], len(items), c["target"], c["bias"], c["rows"], lse,
         **options,

@@ -130,10 +130,13 @@ void forward(const Scores& scores, const Kept& kept, const Options& options, T* 
   }
 }
 
-std::tuple<Tensor, Tensor> tied_softmax_loss_fwd_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor> tied_softmax_loss_fwd_cpu(
     const Tensor& hidden, const Tensor& items, const Tensor& target,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& rows, double temperature,
-    double softcap, double label_smoothing, double z_loss, int64_t ignore_index) {
+    double softcap, double label_smoothing, double z_loss, int64_t ignore_index,
+    int64_t stash_items, bool need_mean) {
+  CHECK(stash_items == 0, kOp, ": stash_items must be 0; got ", stash_items);
+  CHECK(!need_mean, kOp, ": need_mean must be false: backward makes dhidden from the scores");
   const Scores scores(kOp, hidden, items, bias);
   const Options options(temperature, softcap, label_smoothing, z_loss);
   const Kept kept(kOp, scores, rows, &target, ignore_index);
@@ -146,7 +149,9 @@ std::tuple<Tensor, Tensor> tied_softmax_loss_fwd_cpu(
   } else {
     forward<float>(scores, kept, options, loss.mutable_data_ptr<float>(), lse_data);
   }
-  return {loss, lse};
+  Tensor stash = torch::stable::new_empty(loss, {kept.size, stash_items});
+  Tensor mean = torch::stable::new_empty(hidden, {0, hidden.size(1)}, ScalarType::Float);
+  return {loss, lse, stash, mean};
 }
 
 // ---- backward
@@ -292,8 +297,9 @@ void run_backward(const Scores& scores, const Kept& kept, const Options& options
 std::tuple<Tensor, Tensor, Tensor> tied_softmax_loss_bwd_cpu(
     const Tensor& dloss, const Tensor& dlse, const Tensor& hidden, const Tensor& items,
     const Tensor& target, const std::optional<Tensor>& bias, const std::optional<Tensor>& rows,
-    const Tensor& lse, double temperature, double softcap, double label_smoothing, double z_loss,
-    int64_t ignore_index, bool need_hidden, bool need_items, bool need_bias) {
+    const Tensor& lse, const Tensor& stash, const Tensor&, double temperature, double softcap,
+    double label_smoothing, double z_loss, int64_t ignore_index, bool need_hidden, bool need_items,
+    bool need_bias) {
   const Scores scores(kOp, hidden, items, bias);
   const Options options(temperature, softcap, label_smoothing, z_loss);
   const Kept kept(kOp, scores, rows, &target, ignore_index);

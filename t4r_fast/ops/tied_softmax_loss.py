@@ -11,6 +11,7 @@ from t4r_fast import backend
 from t4r_fast.ops._check import check_scores, check_target
 from t4r_fast.ops._table import Recorder, eagerly, recorder_of, softmax_rows, up_to_date
 from t4r_fast.reference import tied_softmax_loss as reference
+from t4r_fast.reference._scores import compute_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -66,12 +67,15 @@ def tied_softmax_loss(
     options = (
         float(temperature), float(softcap), float(label_smoothing), float(z_loss), ignore_index
     )  # fmt: skip
+    # inside forward every input looks as if it needed a gradient, also under no_grad
+    leaves = (hidden, items) if bias is None else (hidden, items, bias)
+    grad = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
     recorder = recorder_of(items)
+    arguments = (hidden, items, bias, target, rows, options, grad, recorder)
     if recorder is None:
-        loss, lse = _TiedSoftmaxLoss.apply(hidden, items, bias, target, rows, options, None)
+        loss, lse = _TiedSoftmaxLoss.apply(*arguments)
     else:
         up_to_date(items)
-        arguments = (hidden, items, bias, target, rows, options, recorder)
         loss, lse = eagerly(_TiedSoftmaxLoss.apply, *arguments)
     if reduction != "none":
         loss = loss.sum()
@@ -119,17 +123,21 @@ class _TiedSoftmaxLoss(torch.autograd.Function):
         target: Tensor,
         rows: Tensor | None,
         options: tuple[float, float, float, float, int],
+        grad: bool,
         recorder: Recorder | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.recorder = recorder
         ctx.backend = backend.pick("tied_softmax_loss", hidden)
         functions = backend.ops(ctx.backend, reference)
+        need_mean = grad and ctx.needs_input_grad[0] and ctx.backend == "triton"
         with torch.autocast(hidden.device.type, enabled=False):
-            loss, lse = functions.tied_softmax_loss_fwd(hidden, items, target, bias, rows, *options)
+            loss, lse, stash, mean = functions.tied_softmax_loss_fwd(
+                hidden, items, target, bias, rows, *options, 0, need_mean
+            )
         ctx.options = options
         # Native kernels give lse in float64: probabilities are exp(z - lse), and at |lse| = 1e4
         # the last bit of float32 is 1e-3 of all of them.
-        ctx.save_for_backward(hidden, items, target, bias, rows, lse)
+        ctx.save_for_backward(hidden, items, target, bias, rows, lse, stash, mean)
         return loss, lse.to(loss.dtype)
 
     @staticmethod
@@ -139,7 +147,7 @@ class _TiedSoftmaxLoss(torch.autograd.Function):
                 "tied_softmax_loss: it has first derivatives only, so backward must run without "
                 "create_graph=True; for second derivatives use F.cross_entropy on the full logits"
             )
-        hidden, items, target, bias, rows, lse = ctx.saved_tensors
+        hidden, items, target, bias, rows, lse, stash, mean = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
         if ctx.recorder is not None and needs[1]:
             ctx.recorder.add_softmax(
@@ -149,7 +157,7 @@ class _TiedSoftmaxLoss(torch.autograd.Function):
             )
             needs[1] = False
             if not any(needs):
-                return (None,) * 7
+                return (None,) * 8
         functions = backend.ops(ctx.backend, reference)
         with torch.autocast(hidden.device.type, enabled=False):
             dhidden, ditems, dbias = functions.tied_softmax_loss_bwd(
@@ -161,19 +169,37 @@ class _TiedSoftmaxLoss(torch.autograd.Function):
                 bias,
                 rows,
                 lse,
+                stash,
+                mean,
                 *ctx.options,
                 *needs,
             )
         found = zip(needs, (dhidden, ditems, dbias))
-        return *(gradient if needed else None for needed, gradient in found), *[None] * 4
+        return *(gradient if needed else None for needed, gradient in found), *[None] * 5
 
 
 def _fake_fwd(
-    hidden: Tensor, items: Tensor, target: Tensor, bias: Tensor | None, rows: Tensor | None, *_: Any
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor,
+    items: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    temperature: float,
+    softcap: float,
+    label_smoothing: float,
+    z_loss: float,
+    ignore_index: int,
+    stash_items: int,
+    need_mean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     size = hidden.shape[0] if rows is None else rows.shape[0]
-    loss = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return hidden.new_empty(size, dtype=loss), hidden.new_empty(size, dtype=torch.float64)
+    dtype = compute_dtype(hidden.dtype)
+    return (
+        hidden.new_empty(size, dtype=dtype),
+        hidden.new_empty(size, dtype=torch.float64),
+        hidden.new_empty((size, stash_items), dtype=dtype),
+        hidden.new_empty((size if need_mean else 0, hidden.shape[1]), dtype=torch.float32),
+    )
 
 
 def _fake_bwd(
@@ -185,6 +211,8 @@ def _fake_bwd(
     bias: Tensor | None,
     rows: Tensor | None,
     lse: Tensor,
+    stash: Tensor,
+    mean: Tensor,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     needs = options[-3:]
@@ -195,17 +223,24 @@ def _fake_bwd(
 
 _OPTIONS = "float temperature, float softcap, float label_smoothing, float z_loss, int ignore_index"
 
+# What forward may keep for backward, R rows of the output:
+# stash  (R, stash_items)  type of the sums: the scores of that many items, in the order and layout
+#                          of the backend that reads them again
+# mean   (R, D) float32    if need_mean, else (0, D): a row's mean of the items under its softmax,
+#                          each item times the slope of the softcap
 backend.declare(
     "tied_softmax_loss",
     "tied_softmax_loss_fwd(Tensor hidden, Tensor items, Tensor target, Tensor? bias, Tensor? rows,"
-    f" {_OPTIONS}) -> (Tensor, Tensor)",
+    f" {_OPTIONS}, int stash_items, bool need_mean)"
+    " -> (Tensor loss, Tensor lse, Tensor stash, Tensor mean)",
     fake=_fake_fwd,
 )
 # A gradient that is not needed is an empty tensor.
 backend.declare(
     "tied_softmax_loss",
     "tied_softmax_loss_bwd(Tensor dloss, Tensor dlse, Tensor hidden, Tensor items, Tensor target,"
-    f" Tensor? bias, Tensor? rows, Tensor lse, {_OPTIONS}, bool need_hidden, bool need_items,"
-    " bool need_bias) -> (Tensor, Tensor, Tensor)",
+    f" Tensor? bias, Tensor? rows, Tensor lse, Tensor stash, Tensor mean, {_OPTIONS},"
+    " bool need_hidden, bool need_items, bool need_bias)"
+    " -> (Tensor dhidden, Tensor ditems, Tensor dbias)",
     fake=_fake_bwd,
 )

@@ -44,8 +44,13 @@ def tied_softmax_loss_fwd(
     label_smoothing: float,
     z_loss: float,
     ignore_index: int,
-) -> tuple[Tensor, Tensor]:
-    """Loss and log-sum-exp per row, both (N,) or (M,), 0 for rows that take no part."""
+    stash_items: int,
+    need_mean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss and log-sum-exp per row, both (N,) or (M,), 0 for rows that take no part.
+
+    Backward makes all scores again: nothing is kept for it, whatever stash_items and need_mean.
+    """
     kept, part, wanted = _prepare(hidden, target, rows, ignore_index)
     top = part.new_full((part.shape[0],), -math.inf)
     total = part.new_zeros(part.shape[0])
@@ -68,7 +73,9 @@ def tied_softmax_loss_fwd(
         loss = (1.0 - label_smoothing) * loss + label_smoothing * uniform
     if z_loss:
         loss = loss + z_loss * lse * lse
-    return spread(loss, kept, 0.0), spread(lse, kept, 0.0)
+    loss = spread(loss, kept, 0.0)
+    nothing = loss.new_empty((loss.shape[0], 0)), hidden.new_empty((0, hidden.shape[1]))
+    return loss, spread(lse, kept, 0.0), *nothing
 
 
 def tied_softmax_loss_bwd(
@@ -80,6 +87,8 @@ def tied_softmax_loss_bwd(
     bias: Tensor | None,
     rows: Tensor | None,
     lse: Tensor,
+    stash: Tensor,
+    mean: Tensor,
     temperature: float,
     softcap: float,
     label_smoothing: float,
