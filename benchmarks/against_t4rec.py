@@ -1,7 +1,11 @@
 """The tutorial's steps beside the real Transformers4Rec 23.12, in processes that take turns.
 
-    make bench-t4rec                                    everything, about 25 minutes
+    make bench-t4rec                                    everything, about 30 minutes
     make bench-t4rec ARGS="--items 118335 --models gru --threads 1"
+
+The sampled models train on the targets and NEGATIVES drawn items: gru_sampled beside the other
+side's softmax over all items, gru_sampled_both beside its sampled softmax, its sampler on both
+sides.
 
 Transformers4Rec needs an environment of its own: T4R_PEER_PYTHON names its python, else one is made
 in .cache/t4rec (some 3 minutes, 2 GB) by the script of ../shared/peers.
@@ -17,7 +21,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.markup import escape
 
@@ -34,8 +38,44 @@ from benchmarks.table import TUTORIAL  # noqa: E402
 CACHE = ROOT / ".cache" / "t4rec"
 PEERS = ROOT.parent / "shared" / "peers"
 THEIRS = "Transformers4Rec 23.12"
-MODELS = ("gru", "xlnet", "xlnet_side")
 MODES = ("train", "eval")
+NEGATIVES = 4096
+
+
+class Pair(NamedTuple):
+    """What runs on both sides.
+
+    model    as both timing scripts name it
+    label    in the table
+    ours     further arguments of ours
+    sampled  whether the other side draws negatives too
+    modes    the modes that there are
+    """
+
+    model: str
+    label: str
+    ours: tuple[str, ...] = ()
+    sampled: bool = False
+    modes: tuple[str, ...] = MODES
+
+
+_DRAWN = ("--negatives", str(NEGATIVES))
+# Evaluation scores all items in any case.
+MODELS = {
+    "gru": Pair("gru", "gru"),
+    "gru_sampled": Pair(
+        "gru", f"gru on {NEGATIVES:,} negatives, theirs on all items", _DRAWN, modes=("train",)
+    ),
+    "gru_sampled_both": Pair(
+        "gru",
+        f"gru on {NEGATIVES:,} negatives, both sides",
+        (*_DRAWN, "--sampler", "t4rec"),
+        sampled=True,
+        modes=("train",),
+    ),
+    "xlnet": Pair("xlnet", "xlnet"),
+    "xlnet_side": Pair("xlnet_side", "xlnet_side"),
+}
 ITEMS = (10_000, 118_335, 390_000)
 # Of two losses near ln V, from weights drawn by different code.
 LOSS_TOLERANCE = 0.02
@@ -86,13 +126,16 @@ def run_pair(
     python: Path, model: str, items: int, mode: str, threads: int, options: argparse.Namespace
 ) -> dict[str, list[dict[str, Any]]]:
     """Both sides, one after the other, `rounds` times; the second goes first every other time."""
-    data = make_data(python, items)
-    shared = ["--model", model, "--mode", mode, "--threads", str(threads)]
+    data, pair = make_data(python, items), MODELS[model]
+    shared = ["--model", pair.model, "--mode", mode, "--threads", str(threads)]
     shared += ["--steps", str(options.steps), "--warm", "2"]
     ours = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks/bench_tutorial_step.py")]
-    theirs = [str(python), "-W", "ignore", str(PEERS / "bench_t4rec.py"), "--items", str(items)]
+    theirs = [str(python), "-W", "ignore"]
+    if pair.sampled:
+        theirs += [str(ROOT / "benchmarks/t4rec_sampled.py"), str(NEGATIVES)]
+    theirs += [str(PEERS / "bench_t4rec.py"), "--items", str(items)]
     commands = {
-        "t4r_fast": ([*ours, "--data", str(data), *shared], {}),
+        "t4r_fast": ([*ours, "--data", str(data), *pair.ours, *shared], {}),
         THEIRS: ([*theirs, *shared], {"T4R_PEER_DIR": str(CACHE), "PYTHONPATH": ""}),
     }
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
@@ -128,7 +171,7 @@ def records_of(
         record: dict[str, Any] = {
             "op": TUTORIAL,
             "case": f"{model} {mode} V={items} B=256",
-            "kind": f"{model}, {mode}",
+            "kind": f"{MODELS[model].label}, {mode}",
             "sizes": {"V": items, "B": 256},
             "shown": True,
             "provider": name,
@@ -172,7 +215,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--items", nargs="+", type=int, default=ITEMS)
     parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
     parser.add_argument("--threads", nargs="+", type=int, help="default: 1 and all")
@@ -202,7 +245,7 @@ def main() -> int:
         python = peer_python()
         for items in options.items:
             for model in options.models:
-                for mode in options.modes:
+                for mode in [m for m in options.modes if m in MODELS[model].modes]:
                     for threads in options.threads:
                         found = run_pair(python, model, items, mode, threads, options)
                         records = records_of(found, model, items, mode, threads)

@@ -5,7 +5,8 @@ against_t4rec.py can run the two in turn. By itself:
 
     python benchmarks/bench_tutorial_step.py --data FOLDER --model gru [--mode eval]
 
-FOLDER is what make_sessions.py --schema wrote.
+FOLDER is what make_sessions.py --schema wrote. With --negatives K, training scores the targets and
+K drawn items, and the item table is stepped by t4r_fast.optim, touched rows only.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def make_trainer(options: argparse.Namespace, folder: str) -> Trainer:
     schema = Schema().from_proto_text(options.data / "processed_nvt/schema.pbtxt")
     name = MODELS[options.model]
     torch.manual_seed(0)
-    model = build(name, schema)
+    model = build(name, schema, negatives=options.negatives, sampler=options.sampler)
     arguments = T4RecTrainingArguments(
         output_dir=folder,
         max_sequence_length=20,
@@ -65,6 +66,7 @@ def make_trainer(options: argparse.Namespace, folder: str) -> Trainer:
         disable_tqdm=True,
         use_cpu=True,
         optim="adamw_torch_fused",
+        table_optimizer="adamw" if options.negatives else None,
     )
     columns = schema.select_by_name(feature_columns(name, schema))
     return Trainer(model=model, args=arguments, schema=columns, compute_metrics=True)
@@ -130,6 +132,8 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=2)
     parser.add_argument("--mode", default="train", choices=["train", "eval"])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--negatives", type=int, default=0)
+    parser.add_argument("--sampler", default="log_uniform")
     options = parser.parse_args()
     if options.warm < 1 or options.steps < 1:
         parser.error("--warm and --steps must be at least 1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -367,6 +368,36 @@ def test_tutorial_records(mode):
     assert table.ops_table(records) == "No results yet: `make bench`."
     assert table.full_table(records) == "No results yet: `make bench`."
     assert f"| gru, {mode} | 99 | 256 | 1 (CPU) | 2 | 4 | **2.00x** | 1.50 / 1.50 |" in text
+
+
+def test_tutorial_commands(monkeypatch, tmp_path):
+    """Both sides get the same case; the sampled ones their negatives."""
+    commands = []
+
+    def timed(command, threads, environment):
+        commands.append(command)
+        return _process(1.0)
+
+    monkeypatch.setattr(against_t4rec, "make_data", lambda python, items: tmp_path)
+    monkeypatch.setattr(against_t4rec, "last_json", timed)
+    options = against_t4rec.parse(["--steps", "3", "--threads", "1"])
+    for model, (theirs, ours) in {
+        "gru": ([], []),
+        "gru_sampled": ([], ["--negatives", "4096"]),
+        "gru_sampled_both": (["4096"], ["--negatives", "4096", "--sampler", "t4rec"]),
+    }.items():
+        commands.clear()
+        found = against_t4rec.run_pair(Path("python"), model, 99, "train", 1, options)
+        assert set(found) == {"t4r_fast", against_t4rec.THEIRS}
+        mine, other = sorted(commands, key=lambda c: "--data" not in c)
+        shared = ["--model", "gru", "--mode", "train", "--threads", "1", "--steps", "3"]
+        shared += ["--warm", "2"]
+        assert mine[mine.index("--data") + 2 :] == [*ours, *shared]
+        script = other.index(str(against_t4rec.PEERS / "bench_t4rec.py"))
+        assert other[script - len(theirs) : script] == theirs
+        assert (Path(other[3]).name == "t4rec_sampled.py") == bool(theirs)
+        assert other[script + 1 :] == ["--items", "99", *shared]
+    assert against_t4rec.MODELS["gru_sampled"].modes == ("train",)
 
 
 def test_tutorial_sides_must_compute_the_same():

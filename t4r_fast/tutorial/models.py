@@ -139,6 +139,8 @@ def build(
     embedding_std: float = 0.05,
     dropout: float = 0.3,
     max_sequence_length: int = 20,
+    negatives: int = 0,
+    sampler: str = "log_uniform",
 ) -> Model:
     """A model of the tutorial with fresh weights from torch's global generator.
 
@@ -152,6 +154,8 @@ def build(
                          data, since the scores of a tied softmax start near zero and must grow
     dropout              of XLNet, 0 <= dropout < 1; a GRU has none, as in the tutorial
     max_sequence_length  L
+    negatives            drawn items per batch that training scores beside the targets; 0: all items
+    sampler              how they are drawn, see NextItemPredictionTask
 
     Raises InputError on an unknown name, missing columns, or heads that do not divide d_model.
     """
@@ -189,7 +193,12 @@ def build(
             inputs, tr.MLPBlock([width]), tr.TransformerBlock(config, masking=inputs.masking)
         )
     metrics = [metric(top_ks=[10, 20], labels_onehot=True) for metric in (NDCGAt, RecallAt)]
-    task = tr.NextItemPredictionTask(weight_tying=True, metrics=metrics)
+    sampling = (
+        {"sampled_softmax": True, "max_n_samples": negatives, "sampler": sampler}
+        if negatives
+        else {}
+    )
+    task = tr.NextItemPredictionTask(weight_tying=True, metrics=metrics, **sampling)
     return tr.Model(tr.Head(body, task, inputs=inputs))
 
 
