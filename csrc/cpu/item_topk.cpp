@@ -50,6 +50,9 @@ struct Excluded {
     for (const int64_t row : kept.source) {
       for (int64_t i = 0; i < exclude->size(1); ++i) {
         const int64_t item = data[row * row_stride + i * stride];
+        CHECK(item < scores.table.count, kOp, ": exclude must be < ", scores.table.count,
+              " (the rows of items), or negative to be ignored; got ", item, " at place (", row,
+              ", ", i, ")");
         if (item >= 0) items.push_back(item);
       }
       std::sort(items.begin() + start.back(), items.end());

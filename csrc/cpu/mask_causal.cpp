@@ -21,14 +21,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mask_causal_fwd_cpu(const Tensor& ite
     for (; b < stop; ++b) {
       int64_t* target = targets + b * positions;
       bool* mask = masks + b * positions;
+      const int64_t* const items = sessions.row(b);
       const int64_t n = sessions.length(b);
       for (int64_t l = 0; l < positions; ++l) {
         const bool labelled = mode == kTrain ? l < n - 1 : mode == kLast && l == n - 2;
-        target[l] = labelled ? sessions.item(b, l + 1) : padding_idx;
+        target[l] = labelled ? items[l + 1] : padding_idx;
         mask[l] = mode == kTrain || hide_history ? !labelled : l >= n;
       }
     }
   });
+  sessions.check_padding("mask_causal");
   if (mode != kNext) {
     return out.list_rows([=](int64_t i) { return targets[i] != padding_idx; });
   }

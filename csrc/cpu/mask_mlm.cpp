@@ -47,6 +47,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mask_mlm_fwd_cpu(const Tensor& item_i
     for (; b < stop; ++b) {
       int64_t* target = targets + b * positions;
       bool* mask = masks + b * positions;
+      const int64_t* const items = sessions.row(b);
       const int64_t n = sessions.length(b);
       for (int64_t l = 0; l < positions; ++l) mask[l] = false;
       if (mode == kTrain) train(mask, n, b, drawn, static_cast<uint64_t>(threshold));
@@ -55,12 +56,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mask_mlm_fwd_cpu(const Tensor& item_i
         for (int64_t l = 0; l < n - 1; ++l) mask[l] = true;
       }
       if (mode == kNext) mask[n] = true;
-      const int64_t ahead = mode == kShifted;
-      for (int64_t l = 0; l < positions; ++l) {
-        target[l] = mask[l] && mode != kNext ? sessions.item(b, l + ahead) : padding_idx;
+      // mask is false from position n on, but for kNext: item l + ahead is there
+      const int64_t ahead = mode == kShifted, labelled = mode == kNext ? 0 : n;
+      for (int64_t l = 0; l < labelled; ++l) {
+        const int64_t keep = -int64_t{mask[l]};  // bits, for nobody predicts a branch on a draw
+        target[l] = (items[l + ahead] & keep) | (padding_idx & ~keep);
       }
+      for (int64_t l = labelled; l < positions; ++l) target[l] = padding_idx;
     }
   });
+  sessions.check_padding("mask_mlm");
   return out.list_rows([masks](int64_t i) { return masks[i]; });
 }
 

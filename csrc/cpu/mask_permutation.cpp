@@ -91,6 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mask_permutation_fwd_cpu(
     for (; b < stop; ++b) {
       int64_t* target = targets + b * positions;
       bool* mask = masks + b * positions;
+      const int64_t* const items = sessions.row(b);
       const int64_t n = sessions.length(b);
       std::fill_n(mask, positions, false);
       if (mode == kTrain) {
@@ -102,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mask_permutation_fwd_cpu(
         mask[n - 1] = true;
       }
       for (int64_t l = 0; l < positions; ++l) {
-        target[l] = mask[l] && mode != kNext ? sessions.item(b, l) : padding_idx;
+        target[l] = mask[l] && mode != kNext ? items[l] : padding_idx;
       }
       for (int64_t i = 0; i < positions; ++i) {
         float* row = hidden + (b * positions + i) * positions;
@@ -112,6 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mask_permutation_fwd_cpu(
       }
     }
   });
+  sessions.check_padding(kOp);
   auto [rows_targets, rows_mask, rows, count] =
       out.list_rows([masks](int64_t i) { return masks[i]; });
   return {rows_targets, rows_mask, rows, count, perm_mask};

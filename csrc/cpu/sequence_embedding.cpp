@@ -1,6 +1,7 @@
 // sequence_embedding: one pass over the positions writes all columns where they belong, the [MASK]
 // vector and the zeros included. Backward sorts the positions of a table by id; a row of the
 // gradient is the sum of one segment, in the order of positions, and is written once.
+#include <atomic>
 #include <cstring>
 #include <tuple>
 
@@ -15,31 +16,42 @@ constexpr int64_t kPositionsPerThread = 256, kSegmentsPerThread = 128;
 // Rows on their way while one is copied: random rows come at the memory's latency.
 constexpr int64_t kAhead = 12;
 
-[[noreturn, gnu::cold, gnu::noinline]] void wrong_id(const Column& c, int64_t id,
-                                                     int64_t position) {
-  CHECK(false, kOp, ": columns must hold ids from 0 to ", c.rows - 1, "; got ", id,
-        " at position (", position / c.place.positions, ", ", position % c.place.positions, ")");
-  __builtin_unreachable();
+inline bool has_row(const Column& c, int64_t id) {
+  return __builtin_expect(id >= 0 && id < c.rows, 1);
 }
 
-inline int64_t checked_id(const Column& c, int64_t position) {
-  const int64_t id = c.id(position);
-  if (__builtin_expect(id < 0 || id >= c.rows, 0)) wrong_id(c, id, position);
-  return id;
+// The first id that is outside its table.
+[[gnu::cold, gnu::noinline]] void refuse_ids(const std::vector<Column>& columns, int64_t count) {
+  for (size_t f = 0; f < columns.size(); ++f) {
+    const Column& c = columns[f];
+    for (int64_t i = 0; c.has_table && i < count; ++i) {
+      CHECK(has_row(c, c.id(i)), kOp, ": columns[", f, "] must hold ids from 0 to ", c.rows - 1,
+            " (tables[", f, "] has ", c.rows, " rows); got ", c.id(i), " at position (",
+            i / c.place.positions, ", ", i % c.place.positions, ")");
+    }
+  }
 }
 
-// copy(position, row of the table). The column by value: what is written might be it, for all that
-// the compiler knows, which made this loop three times slower.
+// copy(position, row of the table) for ids that have a row; whether all have. An exception of a
+// work item would lose its message on the way through parallel_for. The column by value: what is
+// written might be it, for all that the compiler knows, which made this loop three times slower.
 template <typename Copy>
-void for_rows(const Column c, int64_t i, int64_t stop, int64_t last, const Copy& copy) {
+bool for_rows(const Column c, int64_t i, int64_t stop, int64_t last, const Copy& copy) {
   const int64_t bytes = c.width * c.size;
+  bool all = true;
   for (; i < stop; ++i) {
     if (i + kAhead < last) {
       const char* ahead = c.row(c.id(i + kAhead));  // any address may be prefetched
       for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(ahead + at);
     }
-    copy(i, c.row(checked_id(c, i)));
+    const int64_t id = c.id(i);
+    if (has_row(c, id)) {
+      copy(i, c.row(id));
+    } else {
+      all = false;
+    }
   }
+  return all;
 }
 
 template <typename S>
@@ -48,28 +60,31 @@ void copy_numbers(const Column& c, int64_t position, S* out) {
   for (int64_t k = 0; k < c.width; ++k) out[k] = from[k * c.stride_w];
 }
 
-// A tile of positions, column after column: `out` is its first row.
+// A tile of positions, column after column: `out` is its first row. Whether all ids have a row.
 template <typename S>
-void write_concat(const Layout& layout, int64_t first, int64_t stop, int64_t last, S* out) {
+bool write_concat(const Layout& layout, int64_t first, int64_t stop, int64_t last, S* out) {
   const int64_t width = layout.width;
+  bool all = true;
   for (const Column& c : layout.columns) {
     S* const to = out + c.start;
     if (!c.has_table) {
       for (int64_t i = first; i < stop; ++i) copy_numbers(c, i, to + (i - first) * width);
     } else {
       const size_t bytes = static_cast<size_t>(c.width * c.size);
-      for_rows(c, first, stop, last, [=](int64_t i, const char* row) {
+      all &= for_rows(c, first, stop, last, [=](int64_t i, const char* row) {
         std::memcpy(to + (i - first) * width, row, bytes);
       });
     }
   }
+  return all;
 }
 
 // Rounded once, also for 16 bits.
 template <typename S, typename T>
-void write_sum(const Layout& layout, int64_t first, int64_t stop, int64_t last, T* sums, S* numbers,
+bool write_sum(const Layout& layout, int64_t first, int64_t stop, int64_t last, T* sums, S* numbers,
                S* out) {
   const int64_t width = layout.width;
+  bool all = true;
   std::fill_n(sums, (stop - first) * width, T(0));
   const auto add = [=](int64_t i, const S* from) {
     T* to = sums + (i - first) * width;
@@ -77,8 +92,8 @@ void write_sum(const Layout& layout, int64_t first, int64_t stop, int64_t last, 
   };
   for (const Column& c : layout.columns) {
     if (c.has_table) {
-      for_rows(c, first, stop, last,
-               [&](int64_t i, const char* row) { add(i, reinterpret_cast<const S*>(row)); });
+      all &= for_rows(c, first, stop, last,
+                      [&](int64_t i, const char* row) { add(i, reinterpret_cast<const S*>(row)); });
     } else {
       for (int64_t i = first; i < stop; ++i) {
         copy_numbers(c, i, numbers);
@@ -87,6 +102,7 @@ void write_sum(const Layout& layout, int64_t first, int64_t stop, int64_t last, 
     }
   }
   for (int64_t k = 0; k < (stop - first) * width; ++k) out[k] = static_cast<S>(sums[k]);
+  return all;
 }
 
 template <typename S>
@@ -94,17 +110,16 @@ void forward(const Layout& layout, const Special& special, bool sum, const S* ve
   using T = typename SumOf<S>::type;
   constexpr int64_t kTile = 64;
   const int64_t count = layout.sessions * layout.positions, width = layout.width;
+  std::atomic<bool> wrong{false};
   torch::stable::parallel_for(0, count, kPositionsPerThread, [&](int64_t first, int64_t last) {
     std::vector<T> sums(static_cast<size_t>(sum ? kTile * width : 0));
     std::vector<S> numbers(static_cast<size_t>(sum ? width : 0));
     for (; first < last; first += kTile) {
       const int64_t stop = std::min(first + kTile, last);
       S* const rows = out + first * width;
-      if (sum) {
-        write_sum(layout, first, stop, last, sums.data(), numbers.data(), rows);
-      } else {
-        write_concat(layout, first, stop, last, rows);
-      }
+      const bool all = sum ? write_sum(layout, first, stop, last, sums.data(), numbers.data(), rows)
+                           : write_concat(layout, first, stop, last, rows);
+      if (!all) wrong.store(true, std::memory_order_relaxed);
       if (vector == nullptr && !special.zero_padding) continue;
       for (int64_t i = first; i < stop; ++i) {
         if (special.masked(i)) {
@@ -115,6 +130,7 @@ void forward(const Layout& layout, const Special& special, bool sum, const S* ve
       }
     }
   });
+  if (wrong.load(std::memory_order_relaxed)) refuse_ids(layout.columns, count);
 }
 
 Tensor sequence_embedding_fwd_cpu(std::vector<Tensor> columns,
@@ -191,7 +207,9 @@ Gradient table_gradient(const Tensor& dout, const Column& c, const Special& spec
   entries.reserve(static_cast<size_t>(count));
   for (int64_t i = 0; i < count; ++i) {
     if (special.masked(i) || special.zero(i) || c.id(i) == special.padding_idx) continue;
-    entries.push_back({checked_id(c, i), i});
+    CHECK(has_row(c, c.id(i)), kOp, ": columns must hold ids from 0 to ", c.rows - 1, "; got ",
+          c.id(i), " at position (", i / dout.size(1), ", ", i % dout.size(1), ")");
+    entries.push_back({c.id(i), i});
   }
   sort_by_id(entries, spare);
   std::vector<int64_t> first;  // entry of each segment

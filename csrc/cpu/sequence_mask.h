@@ -1,10 +1,11 @@
-// What mask_mlm and mask_causal share: reading sessions, the outputs, and the list of rows.
+// What the mask ops share: reading sessions, the outputs, and the list of rows.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <cstdint>
 #include <tuple>
 
@@ -22,23 +23,46 @@ struct Sessions {
   Sessions(const char* op, const Tensor& item_ids, int64_t padding_idx) : padding_idx(padding_idx) {
     CHECK_DIM(op, item_ids, 2, "(B, L)");
     CHECK_INT64(op, item_ids);
-    data = item_ids.const_data_ptr<int64_t>();
-    count = item_ids.size(0);
-    positions = item_ids.size(1);
-    stride_b = item_ids.stride(0);
-    stride_l = item_ids.stride(1);
+    tensor = item_ids.stride(1) == 1 ? item_ids : torch::stable::contiguous(item_ids);
+    data = tensor.const_data_ptr<int64_t>();
+    count = tensor.size(0);
+    positions = tensor.size(1);
+    stride = tensor.stride(0);
   }
 
-  int64_t item(int64_t b, int64_t l) const { return data[b * stride_b + l * stride_l]; }
+  const int64_t* row(int64_t b) const { return data + b * stride; }
 
+  // The number of items. An item behind padding is noted: check_padding then refuses the call, for
+  // an exception of a work item would lose its message on the way through parallel_for.
   int64_t length(int64_t b) const {
-    int64_t n = 0;
-    for (int64_t l = 0; l < positions; ++l) n += item(b, l) != padding_idx;
+    const int64_t* const items = row(b);
+    int64_t n = 0, end = 0;
+    for (int64_t l = 0; l < positions; ++l) {
+      const bool is_item = items[l] != padding_idx;
+      n += is_item;
+      end = is_item ? l + 1 : end;
+    }
+    if (__builtin_expect(n != end, 0)) wrong.store(true, std::memory_order_relaxed);
     return n;
   }
 
+  // Called when all lengths have been taken.
+  void check_padding(const char* op) const {
+    if (!wrong.load(std::memory_order_relaxed)) return;
+    for (int64_t b = 0; b < count; ++b) {
+      const int64_t* const items = row(b);
+      for (int64_t l = 1; l < positions; ++l) {
+        CHECK(items[l] == padding_idx || items[l - 1] != padding_idx, op,
+              ": item_ids must have its padding (", padding_idx,
+              ") on the right only; got an item after padding in row ", b, ", position ", l);
+      }
+    }
+  }
+
+  Tensor tensor;  // a copy where the ids of a session do not lie side by side
   const int64_t* data;
-  int64_t count, positions, stride_b, stride_l, padding_idx;
+  int64_t count, positions, stride, padding_idx;
+  mutable std::atomic<bool> wrong{false};
 };
 
 struct MaskOutputs {

@@ -1,10 +1,18 @@
-"""Argument checks that several ops share."""
+"""Argument checks that several ops share: shapes and dtypes at once, values where they are read.
+
+Reading a value on the host costs tens of microseconds on a CPU and a synchronisation on a GPU.
+"""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -60,7 +68,10 @@ def check_int64(op: str, name: str, tensor: Tensor, shape: str, dim: int) -> Non
 def check_target(
     op: str, hidden: Tensor, items: Tensor, target: Tensor, rows: Tensor | None, ignore_index: int
 ) -> None:
-    """target (N,), item ids or ignore_index; rows (M,), row numbers of hidden or negative."""
+    """target (N,), item ids or ignore_index; rows (M,), row numbers of hidden or negative.
+
+    Their values are left to check_target_values.
+    """
     check_int64(op, "target", target, "(N,)", 1)
     if target.shape[0] != hidden.shape[0]:
         raise ValueError(
@@ -69,6 +80,44 @@ def check_target(
         )
     check_rows(op, hidden, rows)
     check_device(op, "hidden", hidden, target=target)
+
+
+def check_rows(op: str, hidden: Tensor, rows: Tensor | None) -> None:
+    if rows is not None:
+        check_int64(op, "rows", rows, "(M,)", 1)
+        check_device(op, "hidden", hidden, rows=rows)
+
+
+def checked(name: str, check: Callable[[], None], kernel: Callable[..., T], *arguments: Any) -> T:
+    """kernel(*arguments) on backend `name`, its values checked.
+
+    Native kernels check values where they read them. `check`, whose errors name place and value,
+    runs when one of C++ has refused; a CUDA kernel traps, after which nothing on the device runs.
+    For the other backends `check` runs first.
+    """
+    if name not in ("cpu", "cuda"):
+        check()
+    if name != "cpu" or torch.compiler.is_compiling():
+        return kernel(*arguments)
+    try:
+        return kernel(*arguments)
+    except RuntimeError as error:
+        refused = error
+    check()
+    raise refused
+
+
+def full_precision(name: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """No autocast for a kernel that is made of PyTorch's operations; native ones know none."""
+    if name in ("cpu", "cuda"):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def check_target_values(
+    op: str, hidden: Tensor, items: Tensor, target: Tensor, rows: Tensor | None, ignore_index: int
+) -> None:
+    check_row_values(op, hidden, rows)
     if rows is None:
         wrong = ((target < 0) | (target >= items.shape[0])) & (target != ignore_index)
         where = "row"
@@ -88,17 +137,14 @@ def check_target(
     )
 
 
-def check_rows(op: str, hidden: Tensor, rows: Tensor | None) -> None:
-    if rows is None:
-        return
-    check_int64(op, "rows", rows, "(M,)", 1)
-    check_device(op, "hidden", hidden, rows=rows)
-    check_values(
-        rows >= hidden.shape[0],
-        rows,
-        f"{op}: rows must be < {hidden.shape[0]} (the rows of hidden), or negative to skip",
-        "entry",
-    )
+def check_row_values(op: str, hidden: Tensor, rows: Tensor | None) -> None:
+    if rows is not None:
+        check_values(
+            rows >= hidden.shape[0],
+            rows,
+            f"{op}: rows must be < {hidden.shape[0]} (the rows of hidden), or negative to skip",
+            "entry",
+        )
 
 
 def check_values(wrong: Tensor, values: Tensor, rule: str, where: str) -> None:

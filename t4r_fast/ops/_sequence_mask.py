@@ -1,4 +1,4 @@
-"""SequenceMask and the check of padded item ids that the mask ops share."""
+"""SequenceMask and the checks that the mask ops share."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from t4r_fast.ops._check import check_int64
 
 
 class SequenceMask(NamedTuple):
@@ -25,9 +23,8 @@ class SequenceMask(NamedTuple):
     count: Tensor
 
 
-def check_item_ids(op: str, item_ids: Tensor, padding_idx: int) -> None:
-    """(B, L) int64 with the padding on the right."""
-    check_int64(op, "item_ids", item_ids, "(B, L)", 2)
+def check_padding(op: str, item_ids: Tensor, padding_idx: int) -> None:
+    """ValueError naming the first item behind padding; see check_values."""
     item = item_ids != padding_idx
     after_pad = item[:, 1:] & ~item[:, :-1]
     rule = f"{op}: item_ids must have its padding ({padding_idx}) on the right only"

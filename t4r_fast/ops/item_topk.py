@@ -9,9 +9,12 @@ from t4r_fast import backend
 from t4r_fast.ops._check import (
     check_device,
     check_int64,
+    check_row_values,
     check_rows,
     check_scores,
     check_values,
+    checked,
+    full_precision,
 )
 from t4r_fast.ops._table import up_to_date
 from t4r_fast.reference import item_topk as reference
@@ -67,10 +70,13 @@ def item_topk(
             f"item_topk: padding_idx must be an item id, 0 <= padding_idx < {items.shape[0]}; "
             f"got {padding_idx}"
         )
-    functions = backend.ops(backend.pick("item_topk", hidden), reference)
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        return functions.item_topk_fwd(
-            hidden, items, k, bias, rows, float(temperature), exclude, padding_idx
+    name = backend.pick("item_topk", hidden)
+    with torch.no_grad(), full_precision(name, hidden.device):
+        return checked(
+            name,
+            lambda: _check_ids(hidden, items, rows, exclude),
+            backend.ops(name, reference).item_topk_fwd,
+            *(hidden, items, k, bias, rows, float(temperature), exclude, padding_idx),
         )
 
 
@@ -82,13 +88,18 @@ def _check_exclude(hidden: Tensor, items: Tensor, exclude: Tensor) -> None:
             f"item_topk: exclude must have one row per row of hidden, {hidden.shape[0]}; "
             f"got {exclude.shape[0]}"
         )
-    check_values(
-        exclude >= items.shape[0],
-        exclude,
-        f"item_topk: exclude must be < {items.shape[0]} (the rows of items), "
-        "or negative to be ignored",
-        "place",
-    )
+
+
+def _check_ids(hidden: Tensor, items: Tensor, rows: Tensor | None, exclude: Tensor | None) -> None:
+    check_row_values("item_topk", hidden, rows)
+    if exclude is not None:
+        check_values(
+            exclude >= items.shape[0],
+            exclude,
+            f"item_topk: exclude must be < {items.shape[0]} (the rows of items), "
+            "or negative to be ignored",
+            "place",
+        )
 
 
 def _fake(

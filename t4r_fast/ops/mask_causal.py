@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from t4r_fast import backend
-from t4r_fast.ops._sequence_mask import SequenceMask, check_item_ids, check_mode
+from t4r_fast.ops._check import check_int64, checked
+from t4r_fast.ops._sequence_mask import SequenceMask, check_mode, check_padding
 from t4r_fast.reference import mask_causal as reference
 
 # "train_last" and "last" are one rule for two phases, as in the reference.
@@ -47,10 +48,15 @@ def mask_causal(
             "mask_causal: hide_history must be False unless mode is 'train_last' or 'last'; "
             f"got mode {mode!r}"
         )
-    check_item_ids("mask_causal", item_ids, padding_idx)
-    functions = backend.ops(backend.pick("mask_causal", item_ids), reference)
+    check_int64("mask_causal", "item_ids", item_ids, "(B, L)", 2)
+    name = backend.pick("mask_causal", item_ids)
     return SequenceMask(
-        *functions.mask_causal_fwd(item_ids, MODES[mode], padding_idx, bool(hide_history))
+        *checked(
+            name,
+            lambda: check_padding("mask_causal", item_ids, padding_idx),
+            backend.ops(name, reference).mask_causal_fwd,
+            *(item_ids, MODES[mode], padding_idx, bool(hide_history)),
+        )
     )
 
 

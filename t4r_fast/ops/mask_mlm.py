@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from t4r_fast import backend
+from t4r_fast.ops._check import check_int64, checked
 from t4r_fast.ops._seed import check_seed
-from t4r_fast.ops._sequence_mask import SequenceMask, check_item_ids, check_mode
+from t4r_fast.ops._sequence_mask import SequenceMask, check_mode, check_padding
 from t4r_fast.reference import mask_mlm as reference
 
 MODES = ("train", "last", "shifted", "next")  # in the order of the codes in reference/mask_mlm.py
@@ -50,17 +51,22 @@ def mask_mlm(
     check_mode("mask_mlm", mode, MODES)
     if not 0 <= probability <= 1:
         raise ValueError(f"mask_mlm: probability must be from 0 to 1; got {probability}")
-    check_item_ids("mask_mlm", item_ids, padding_idx)
+    check_int64("mask_mlm", "item_ids", item_ids, "(B, L)", 2)
     if mode != "train":
         if seed is not None:
             raise ValueError(f"mask_mlm: seed must be None in mode {mode!r}, which draws nothing")
     else:
         seed = check_seed("mask_mlm", seed, item_ids.device)
-    functions = backend.ops(backend.pick("mask_mlm", item_ids), reference)
+    name = backend.pick("mask_mlm", item_ids)
     # probability as an integer of 0 to 2**32: a random word below it masks
     threshold = round(probability * 2**32)
     return SequenceMask(
-        *functions.mask_mlm_fwd(item_ids, seed, threshold, MODES.index(mode), padding_idx)
+        *checked(
+            name,
+            lambda: check_padding("mask_mlm", item_ids, padding_idx),
+            backend.ops(name, reference).mask_mlm_fwd,
+            *(item_ids, seed, threshold, MODES.index(mode), padding_idx),
+        )
     )
 
 

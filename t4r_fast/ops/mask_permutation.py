@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from t4r_fast import backend
+from t4r_fast.ops._check import check_int64, checked
 from t4r_fast.ops._seed import check_seed
-from t4r_fast.ops._sequence_mask import check_item_ids, check_mode
+from t4r_fast.ops._sequence_mask import check_mode, check_padding
 from t4r_fast.reference import mask_permutation as reference
 
 MODES = ("train", "last", "next")  # in the order of the codes in reference/mask_permutation.py
@@ -85,7 +86,7 @@ def mask_permutation(
         )
     if max_span_length < 1:
         raise ValueError(f"mask_permutation: max_span_length must be >= 1; got {max_span_length}")
-    check_item_ids("mask_permutation", item_ids, padding_idx)
+    check_int64("mask_permutation", "item_ids", item_ids, "(B, L)", 2)
     if mode == "train":
         seed = check_seed("mask_permutation", seed, item_ids.device)
     elif seed is not None:
@@ -97,9 +98,12 @@ def mask_permutation(
         int(min(span / probability, max(_MAX_CONTEXT, span)))
         for span in range(1, max_span_length + 1)
     ]
-    functions = backend.ops(backend.pick("mask_permutation", item_ids), reference)
-    found = functions.mask_permutation_fwd(
-        item_ids, seed, contexts, permute_all, MODES.index(mode), padding_idx
+    name = backend.pick("mask_permutation", item_ids)
+    found = checked(
+        name,
+        lambda: check_padding("mask_permutation", item_ids, padding_idx),
+        backend.ops(name, reference).mask_permutation_fwd,
+        *(item_ids, seed, contexts, permute_all, MODES.index(mode), padding_idx),
     )
     sessions, positions = found[0].shape
     identity = torch.eye(positions, device=item_ids.device)

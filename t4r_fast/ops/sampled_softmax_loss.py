@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from t4r_fast import backend
-from t4r_fast.ops._check import check_device, check_scores, check_target
+from t4r_fast.ops._check import (
+    check_device,
+    check_scores,
+    check_target,
+    check_target_values,
+    checked,
+    full_precision,
+)
 from t4r_fast.ops._seed import check_seed
 from t4r_fast.ops._table import eagerly, recorded, recorder_of
 from t4r_fast.ops.log_uniform_sample import MAX_SIZE
@@ -163,9 +170,16 @@ def sampled_softmax_loss(
     seed = check_seed(_OP, seed, hidden.device)
     tensors = (target, rows, cumulative, seed)
     arguments = (hidden, items, bias, *tensors, options)
+
+    def check() -> None:
+        check_target_values(_OP, hidden, items, target, rows, ignore_index)
+
     if recorder_of(items) is None:
-        loss = _SampledSoftmaxLoss.apply(*arguments, (sparse, sparse))
+        apply = _SampledSoftmaxLoss.apply
+        name = backend.pick(_OP, hidden)
+        loss = checked(name, check, apply, *arguments, (sparse, sparse))
     else:
+        check()  # the recorder reads them first
         loss = eagerly(_of_managed, sparse, *arguments)
     if reduction != "none":
         loss = loss.sum()
@@ -284,7 +298,7 @@ class _SampledSoftmaxLoss(torch.autograd.Function):
         ctx.sparse, ctx.sparse_bias = sparse_for
         functions = backend.ops(ctx.backend, reference)
         inputs = (hidden, items, target, bias, rows, cumulative, seed)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with full_precision(ctx.backend, hidden.device):
             loss, lse, unit = functions.sampled_softmax_loss_fwd(
                 *inputs, *options, ctx.needs_input_grad[0]
             )
@@ -298,7 +312,7 @@ class _SampledSoftmaxLoss(torch.autograd.Function):
         items, bias = saved[1], saved[3]
         needs = ctx.needs_input_grad[:3]
         functions = backend.ops(ctx.backend, reference)
-        with torch.autocast(dloss.device.type, enabled=False):
+        with full_precision(ctx.backend, dloss.device):
             dhidden, ids, ditems, dbias = functions.sampled_softmax_loss_bwd(
                 dloss, *saved, *ctx.options, ctx.sparse, needs[0], needs[1] or needs[2]
             )

@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from t4r_fast import backend
-from t4r_fast.ops._check import FLOAT_DTYPES, check_device, check_int64, check_values, names
+from t4r_fast.ops._check import (
+    FLOAT_DTYPES,
+    check_device,
+    check_int64,
+    check_values,
+    checked,
+    names,
+)
 from t4r_fast.ops._table import eagerly, recorded, recorder_of
 from t4r_fast.reference import sequence_embedding as reference
 
@@ -80,9 +87,16 @@ def _look_up(
     columns: list[Tensor],
     tables: list[Tensor | None],
 ) -> Tensor:
-    if backend.pick(_OP, columns[0]) == "reference":
+    name = backend.pick(_OP, columns[0])
+    if name == "reference":
+        _check_ids(columns, tables)
         return reference.sequence_embedding(columns, tables, mask, mask_vector, *options)
-    return _SequenceEmbedding.apply(options, mask, mask_vector, *columns, *tables)
+    return checked(
+        name,
+        lambda: _check_ids(columns, tables),
+        _SequenceEmbedding.apply,
+        *(options, mask, mask_vector, *columns, *tables),
+    )
 
 
 def _look_up_managed(
@@ -93,6 +107,7 @@ def _look_up_managed(
     tables: list[Tensor | None],
 ) -> Tensor:
     """Tables of an optimizer of t4r_fast.optim are brought up to date, and it gets their rows."""
+    _check_ids(columns, tables)  # the recorder reads them first
     tables = [t if t is None else recorded(t, c.flatten) for c, t in zip(columns, tables)]
     return _look_up(options, mask, mask_vector, columns, tables)
 
@@ -119,13 +134,6 @@ def _check_columns(columns: list[Tensor], tables: list[Tensor | None]) -> None:
                     f"sequence_embedding: tables[{index}] must have shape (V, D); "
                     f"got {tuple(table.shape)}"
                 )
-            check_values(
-                (column < 0) | (column >= table.shape[0]),
-                column,
-                f"sequence_embedding: {name} must hold ids from 0 to {table.shape[0] - 1} "
-                f"(tables[{index}] has {table.shape[0]} rows)",
-                "position",
-            )
         value = column if table is None else table
         if value.dtype not in FLOAT_DTYPES or value.dtype != floats[0].dtype:
             raise TypeError(
@@ -139,6 +147,18 @@ def _check_columns(columns: list[Tensor], tables: list[Tensor | None]) -> None:
             columns[0],
             **{name: column, f"tables[{index}]": table},
         )
+
+
+def _check_ids(columns: list[Tensor], tables: list[Tensor | None]) -> None:
+    for index, (column, table) in enumerate(zip(columns, tables)):
+        if table is not None:
+            check_values(
+                (column < 0) | (column >= table.shape[0]),
+                column,
+                f"sequence_embedding: columns[{index}] must hold ids from 0 to "
+                f"{table.shape[0] - 1} (tables[{index}] has {table.shape[0]} rows)",
+                "position",
+            )
 
 
 def _check_widths(columns: list[Tensor], tables: list[Tensor | None], aggregation: str) -> int:

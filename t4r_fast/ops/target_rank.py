@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from t4r_fast import backend
-from t4r_fast.ops._check import check_scores, check_target
+from t4r_fast.ops._check import (
+    check_scores,
+    check_target,
+    check_target_values,
+    checked,
+    full_precision,
+)
 from t4r_fast.ops._table import up_to_date
 from t4r_fast.reference import target_rank as reference
 
@@ -56,10 +62,17 @@ def target_rank(
     check_scores("target_rank", hidden, items, bias)
     check_target("target_rank", hidden, items, target, rows, ignore_index)
     up_to_date(items)
-    functions = backend.ops(backend.pick("target_rank", hidden), reference)
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    name = backend.pick("target_rank", hidden)
+    with torch.no_grad(), full_precision(name, hidden.device):
         return TargetRank(
-            *functions.target_rank_fwd(hidden, items, target, bias, rows, ignore_index)
+            *checked(
+                name,
+                lambda: check_target_values(
+                    "target_rank", hidden, items, target, rows, ignore_index
+                ),
+                backend.ops(name, reference).target_rank_fwd,
+                *(hidden, items, target, bias, rows, ignore_index),
+            )
         )
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from t4r_fast import backend
-from t4r_fast.ops._check import check_scores, check_target
+from t4r_fast.ops._check import (
+    check_scores,
+    check_target,
+    check_target_values,
+    checked,
+    full_precision,
+)
 from t4r_fast.ops._table import Recorder, eagerly, recorder_of, softmax_rows, up_to_date
 from t4r_fast.reference import tied_softmax_loss as reference
 from t4r_fast.reference._scores import compute_dtype
@@ -71,12 +78,17 @@ def tied_softmax_loss(
     leaves = (hidden, items) if bias is None else (hidden, items, bias)
     grad = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
     recorder = recorder_of(items)
-    arguments = (hidden, items, bias, target, rows, options, grad, recorder)
     if recorder is None:
-        loss, lse = _TiedSoftmaxLoss.apply(*arguments)
+        apply = _TiedSoftmaxLoss.apply
     else:
         up_to_date(items)
-        loss, lse = eagerly(_TiedSoftmaxLoss.apply, *arguments)
+        apply = functools.partial(eagerly, _TiedSoftmaxLoss.apply)
+    loss, lse = checked(
+        backend.pick("tied_softmax_loss", hidden),
+        lambda: check_target_values("tied_softmax_loss", hidden, items, target, rows, ignore_index),
+        apply,
+        *(hidden, items, bias, target, rows, options, grad, recorder),
+    )
     if reduction != "none":
         loss = loss.sum()
     if reduction == "mean":
@@ -130,7 +142,7 @@ class _TiedSoftmaxLoss(torch.autograd.Function):
         ctx.backend = backend.pick("tied_softmax_loss", hidden)
         functions = backend.ops(ctx.backend, reference)
         need_mean = grad and ctx.needs_input_grad[0] and ctx.backend == "triton"
-        with torch.autocast(hidden.device.type, enabled=False):
+        with full_precision(ctx.backend, hidden.device):
             loss, lse, stash, mean = functions.tied_softmax_loss_fwd(
                 hidden, items, target, bias, rows, *options, 0, need_mean
             )
@@ -159,7 +171,7 @@ class _TiedSoftmaxLoss(torch.autograd.Function):
             if not any(needs):
                 return (None,) * 8
         functions = backend.ops(ctx.backend, reference)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with full_precision(ctx.backend, hidden.device):
             dhidden, ditems, dbias = functions.tied_softmax_loss_bwd(
                 dloss,
                 dlse,

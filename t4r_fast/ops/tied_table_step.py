@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from t4r_fast import backend
-from t4r_fast.ops._check import FLOAT_DTYPES, check_device, check_int64, check_values, names
+from t4r_fast.ops._check import (
+    FLOAT_DTYPES,
+    check_device,
+    check_int64,
+    check_values,
+    checked,
+    names,
+)
 from t4r_fast.ops._table import SoftmaxRows, table_dtype
 from t4r_fast.reference import tied_table_step as reference
 
@@ -71,8 +78,13 @@ def tied_table_step(
     _check(items, softmax, lookup, gradient)
     first, second = _states(items, state, kind, momentum)
     rule = _rule(kind, step, lr, betas, eps, weight_decay, momentum, scale)
-    functions = backend.ops(backend.pick(_OP, items), reference)
+    name = backend.pick(_OP, items)
+    functions = backend.ops(name, reference)
     ids, rows = _sorted(items, lookup)
+
+    def check() -> None:
+        _check_values(items, softmax, lookup)
+
     with torch.no_grad():
         if touched_only:
             if softmax or gradient is not None:
@@ -81,10 +93,14 @@ def tied_table_step(
                     "rows"
                 )
             if ids is not None:
-                functions.tied_table_step_rows(items, first, second, ids, rows, *rule)
+                step_rows = functions.tied_table_step_rows
+                checked(name, check, step_rows, items, first, second, ids, rows, *rule)
         else:
-            functions.tied_table_step_fwd(
-                items, first, second, *_flat(softmax), ids, rows, gradient, *rule
+            checked(
+                name,
+                check,
+                functions.tied_table_step_fwd,
+                *(items, first, second, *_flat(softmax), ids, rows, gradient, *rule),
             )
     _changed(items, first, second)
 
@@ -104,15 +120,21 @@ def tied_table_grad_norm(
     Arguments and errors as tied_table_step.
     """
     _check(items, softmax, lookup, gradient)
-    functions = backend.ops(backend.pick(_OP, items), reference)
+    name = backend.pick(_OP, items)
     ids, rows = _sorted(items, lookup)
     with torch.no_grad():
         if not softmax and gradient is None:
             if ids is None or rows is None:
                 return items.new_zeros((), dtype=torch.float64)
+            _check_values(items, (), lookup)
             place = torch.unique_consecutive(ids, return_inverse=True)[1]
             return torch.zeros_like(rows).index_add_(0, place, rows).double().norm()
-        return functions.tied_table_step_norm(items, *_flat(softmax), ids, rows, gradient).sqrt()
+        return checked(
+            name,
+            lambda: _check_values(items, softmax, lookup),
+            backend.ops(name, reference).tied_table_step_norm,
+            *(items, *_flat(softmax), ids, rows, gradient),
+        ).sqrt()
 
 
 def tied_table_catch_up(
@@ -155,15 +177,18 @@ def tied_table_catch_up(
             f"{_OP}: last must be int32 ({items.shape[0]},); got {last.dtype} {tuple(last.shape)}"
         )
     if ids is not None:
-        _check_ids(items, ids)
+        check_int64(_OP, "ids", ids, "(K,)", 1)
     if log_decay is None:
         log_decay = decay_sums(lrs, weight_decay)
     if steps == 0:
         return
-    functions = backend.ops(backend.pick(_OP, items), reference)
+    name = backend.pick(_OP, items)
     with torch.no_grad():
-        functions.tied_table_step_catch_up(
-            items, first, second, last, ids, base, lrs, log_decay, *rule
+        checked(
+            name,
+            lambda: _check_ids(items, ids),
+            backend.ops(name, reference).tied_table_step_catch_up,
+            *(items, first, second, last, ids, base, lrs, log_decay, *rule),
         )
     _changed(items, first, second)
 
@@ -307,16 +332,23 @@ def _check_softmax(items: Tensor, rows: SoftmaxRows, name: str) -> None:
             for field in ("hidden", "target", "factors", "bias")
         },
     )
-    check_values(
-        (rows.target < 0) | (rows.target >= items.shape[0]),
-        rows.target,
-        f"{_OP}: {name}.target must be 0 <= target < {items.shape[0]} (the rows of items)",
-        "row",
-    )
 
 
-def _check_ids(items: Tensor, ids: Tensor) -> None:
-    check_int64(_OP, "ids", ids, "(K,)", 1)
+def _check_values(items: Tensor, softmax: Sequence[SoftmaxRows], lookup: Sequence[Lookup]) -> None:
+    for i, rows in enumerate(softmax):
+        check_values(
+            (rows.target < 0) | (rows.target >= items.shape[0]),
+            rows.target,
+            f"{_OP}: softmax[{i}].target must be 0 <= target < {items.shape[0]} "
+            "(the rows of items)",
+            "row",
+        )
+    _check_ids(items, torch.cat([ids for ids, _ in lookup]) if lookup else None)
+
+
+def _check_ids(items: Tensor, ids: Tensor | None) -> None:
+    if ids is None:
+        return
     check_values(
         (ids < 0) | (ids >= items.shape[0]),
         ids,
@@ -330,7 +362,6 @@ def _sorted(items: Tensor, lookup: Sequence[Lookup]) -> tuple[Tensor | None, Ten
     if not lookup:
         return None, None
     ids = torch.cat([ids for ids, _ in lookup])
-    _check_ids(items, ids)
     dtype = table_dtype(items)
     rows = torch.cat([rows.detach().to(dtype) for _, rows in lookup])
     ids, order = torch.sort(ids, stable=True)
