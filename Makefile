@@ -10,9 +10,10 @@ JOBS ?= auto
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
+C_FILES := '*.cpp' '*.h' '*.cu' '*.cuh'
 
-.PHONY: setup build test test-fast sanitize lint check fmt demo doctor bench bench-table bench-micro bench-t4rec clean
+.PHONY: setup build test test-fast cuda-on-cpu sanitize lint check fmt demo doctor bench bench-table bench-micro bench-t4rec clean
 
 setup: $(VENV)/.installed
 
@@ -35,11 +36,15 @@ demo: setup
 	$(BIN)/t4r-fast demo
 
 # One thread per test process: OpenMP teams of several processes slow each other down many times.
-test: setup
+test: setup cuda-on-cpu
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-test-fast: setup
+test-fast: setup cuda-on-cpu
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+# The CUDA ops built by g++ to run on the CPU, without and with sanitizers, for lane cuda-on-cpu.
+cuda-on-cpu: setup
+	$(BIN)/python tests/cuda_on_cpu/build.py
 
 # The C++ ops under AddressSanitizer and UndefinedBehaviorSanitizer; needs g++.
 sanitize: setup
@@ -48,14 +53,14 @@ sanitize: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files $(C_FILES))
 
 check: lint test
 
 fmt: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
+	$(BIN)/clang-format -i $$(git ls-files $(C_FILES))
 
 doctor: setup
 	$(BIN)/t4r-fast doctor

@@ -1,10 +1,11 @@
 // Items drawn from a counter: the same ids as t4r_fast/reference/_draws.py, bit for bit.
 // float64 addition, multiplication and rounding alone: build what includes this with
-// -ffp-contract=off. No torch and no standard library beyond <cstdint>.
+// -ffp-contract=off, nvcc --fmad=false. No torch and no standard library beyond <cstdint>.
 #pragma once
 
 #include <cstdint>
 
+#include "host_device.h"
 #include "philox.h"
 
 namespace t4r_fast {
@@ -13,7 +14,7 @@ namespace t4r_fast {
 enum DrawKind : uint32_t { kSample = 2, kNegative = 3 };
 
 struct Seed {
-  Words counter(uint32_t index, uint32_t set, uint32_t draw) const {
+  HOST_DEVICE Words counter(uint32_t index, uint32_t set, uint32_t draw) const {
     return {{index, set, kind | draw, low}};
   }
   uint64_t key;
@@ -21,20 +22,21 @@ struct Seed {
 };
 
 // 53 random bits as a number in [0, 1).
-inline double unit(uint32_t first, uint32_t second) {
+HOST_DEVICE inline double unit(uint32_t first, uint32_t second) {
   const uint64_t bits = (uint64_t{first >> 5} << 26) | (second >> 6);
   return static_cast<double>(static_cast<int64_t>(bits)) * 0x1p-53;
 }
 
 // The u of draws 2 * pair and 2 * pair + 1 of a set.
-inline void unit_pair(const Seed& seed, DrawKind draw, uint32_t set, uint32_t pair, double* u) {
+HOST_DEVICE inline void unit_pair(const Seed& seed, DrawKind draw, uint32_t set, uint32_t pair,
+                                  double* u) {
   const Words words = philox(seed.key, seed.counter(pair, set, draw));
   u[0] = unit(words.w[0], words.w[1]);
   u[1] = unit(words.w[2], words.w[3]);
 }
 
 // exp of 0 <= t < 64 within 2 ulp.
-inline double exact_exp(double t) {
+HOST_DEVICE inline double exact_exp(double t) {
   constexpr double kFactors[] = {1.0 / 6227020800,
                                  1.0 / 479001600,
                                  1.0 / 39916800,
@@ -66,12 +68,12 @@ inline double exact_exp(double t) {
 }
 
 // Class c of 0 to size - 1 with probability log((c + 2) / (c + 1)) / log(size + 1).
-inline int64_t log_uniform(double u, int64_t size, double log_size) {
+HOST_DEVICE inline int64_t log_uniform(double u, int64_t size, double log_size) {
   const int64_t c = static_cast<int64_t>(exact_exp(u * log_size)) - 1;
   return c < 0 ? 0 : c < size ? c : size - 1;
 }
 
-inline int64_t uniform(double u, int64_t size) {
+HOST_DEVICE inline int64_t uniform(double u, int64_t size) {
   const int64_t i = static_cast<int64_t>(u * static_cast<double>(size));
   return i < size ? i : size - 1;
 }

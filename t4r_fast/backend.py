@@ -3,7 +3,9 @@
 `pick` chooses per op and device: what is forced, else a native kernel (C++ on a CPU, CUDA on a
 GPU), else Triton, else the reference. `t4r-fast doctor` prints the choice (`table`). Native kernels
 live in the dispatcher's namespace `t4r_fast`, Triton's in `t4r_fast_triton`; an op declares their
-schemas in Python, once.
+schemas in Python, once. For tests without a GPU Triton's kernels are interpreted
+(TRITON_INTERPRET=1), and the CUDA kernels run from a library of C++ that T4R_FAST_CUDA_ON_CPU
+names, in the namespace `t4r_fast_emulated`: both on the CPU, and only where they are forced.
 """
 
 from __future__ import annotations
@@ -25,8 +27,18 @@ import torch
 from t4r_fast.errors import InputError
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
-_NAMESPACES = {"cpu": "t4r_fast", "cuda": "t4r_fast", "triton": "t4r_fast_triton"}
-_DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cpu", "cuda")}
+_EMULATED = os.environ.get("T4R_FAST_CUDA_ON_CPU")
+_NAMESPACES = {
+    "cpu": "t4r_fast",
+    "cuda": "t4r_fast_emulated" if _EMULATED else "t4r_fast",
+    "triton": "t4r_fast_triton",
+}
+_DEVICES = {
+    "cpu": ("cpu",),
+    "cuda": ("cpu",) if _EMULATED else ("cuda",),
+    "triton": ("cpu", "cuda"),
+}
+CPU_LIBRARY, CUDA_LIBRARY = "libt4r_fast_cpu.so", "libt4r_fast_cuda.so"
 _BUILD_HINT = "build it with `pip install --no-build-isolation -e .` (or `pip install .`)"
 
 _libraries = {
@@ -50,22 +62,35 @@ def _check_name(name: str) -> str:
 _forced: str | None = os.environ.get("T4R_FAST_BACKEND") or None
 
 
-def _load_cpu() -> str | None:
-    """Load the C++ kernels; the reason in words if that is not possible.
+def _load(path: Path, variable: str, build_hint: str) -> str | None:
+    """Load a library of kernels; the reason in words if that is not possible.
 
-    T4R_FAST_CPU_LIBRARY names another build of them, as `make sanitize` does.
+    variable  the environment variable that may name another build, as `make sanitize` does
     """
-    chosen = os.environ.get("T4R_FAST_CPU_LIBRARY")
-    path = Path(chosen) if chosen else Path(__file__).parent / "libt4r_fast_cpu.so"
+    chosen = os.environ.get(variable)
+    if chosen:
+        path = Path(chosen)
     if not path.exists():
         if chosen:
-            return f"T4R_FAST_CPU_LIBRARY names {path}, which does not exist: correct or unset it"
-        return f"{path.name} is not built: {_BUILD_HINT}"
+            return f"{variable} names {path}, which does not exist: correct or unset it"
+        return f"{path.name} is not built: {build_hint}"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"{path.name} cannot be loaded ({error}): {_BUILD_HINT}"
+        return f"{path.name} cannot be loaded ({error}): {build_hint}"
     return None
+
+
+def _load_cpu() -> str | None:
+    return _load(Path(__file__).parent / CPU_LIBRARY, "T4R_FAST_CPU_LIBRARY", _BUILD_HINT)
+
+
+def _load_cuda() -> str | None:
+    path = Path(__file__).parent / CUDA_LIBRARY
+    if not _EMULATED and not torch.cuda.is_available():
+        state = "built" if path.exists() else "not built either"
+        return f"no GPU that torch can use ({CUDA_LIBRARY} is {state})"
+    return _load(path, "T4R_FAST_CUDA_ON_CPU", f"with nvcc on the path {_BUILD_HINT}")
 
 
 def _triton_off() -> str | None:
@@ -79,7 +104,7 @@ def _triton_off() -> str | None:
 # backend -> why none of its kernels can run here; None when they can
 OFF: dict[str, str | None] = {
     "cpu": _load_cpu(),
-    "cuda": "this build has no CUDA kernels",
+    "cuda": _load_cuda(),
     "triton": _triton_off(),
 }
 if OFF["cpu"] is not None and _forced != "reference":

@@ -1,11 +1,14 @@
-"""For all tests: the interpreter for Triton where there is no GPU, and fresh memory that is NaN."""
+"""For all tests: GPU kernels on the CPU where there is no GPU, and fresh memory that is NaN."""
 
 import os
 
 import torch
+from cuda_on_cpu import build
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton
+if not torch.cuda.is_available():  # before the first import of triton, and of t4r_fast
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    if build.why_not("plain") is None:
+        os.environ.setdefault("T4R_FAST_CUDA_ON_CPU", str(build.library("plain")))
 
 # Fills what torch.empty and a kernel's new_empty give with NaN (integers: the largest), so that a
 # kernel which skips an element fails.

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cuda_on_cpu import build
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,12 +32,15 @@ LANES = {
     "triton-interpret": ("triton", "cpu", "kernels/triton", ".py"),
     "triton": ("triton", "cuda", "kernels/triton", ".py"),
     "cuda": ("cuda", "cuda", "csrc/cuda", ".cu"),
+    "cuda-on-cpu": ("cuda", "cpu", "csrc/cuda", ".cu"),
 }
 REQUIRED = [name for name in os.environ.get("T4R_FAST_REQUIRE", "").split(",") if name]
 if set(REQUIRED) - set(LANES):
     raise ValueError(
         f"T4R_FAST_REQUIRE must name lanes of {', '.join(LANES)}; got {', '.join(REQUIRED)}"
     )
+
+SHUFFLE = os.environ.get("T4R_FAST_SHUFFLE", "")
 
 # Sums over rows or items may come in any order, and where their terms cancel that moves more than a
 # row's last bits. A skipped tile or a dropped small gradient loses the whole row.
@@ -60,12 +65,17 @@ def run_on(lane: str, op: str) -> Iterator[str]:
         reason = "there is no GPU"
     elif lane == "triton-interpret" and torch.cuda.is_available():
         reason = "kernels run on the GPU here"
+    elif lane == "cuda-on-cpu" and not os.environ.get("T4R_FAST_CUDA_ON_CPU"):
+        reason = build.why_not("plain") or "kernels run on the GPU here"
     else:
         reason = backend.why_not(op, name, device)
     if reason is not None:
         if lane in REQUIRED:
             pytest.fail(f"T4R_FAST_REQUIRE names lane '{lane}', but {reason}")
         pytest.skip(f"lane '{lane}': {reason}")
+    if lane == "cuda-on-cpu":  # every test has orders of its own, the same in every run
+        test = os.environ.get("PYTEST_CURRENT_TEST", "")
+        os.environ["T4R_FAST_SHUFFLE"] = str(zlib.crc32(f"{SHUFFLE}{test}".encode()))
     with backend.use(name):
         yield device
 

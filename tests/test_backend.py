@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import types
 
 import pytest
 import torch
+from cuda_on_cpu import build
 from harness import REQUIRED, ROOT
 
 import t4r_fast
@@ -50,11 +52,10 @@ def test_forced_backend_without_a_kernel_is_an_error():
     )
     with backend.use("cpu"), pytest.raises(RuntimeError, match=message):
         t4r_fast.ranking_metrics(rank, [5])
-    with (
-        backend.use("cuda"),
-        pytest.raises(RuntimeError, match=r"'cuda'.* does not run on .*'cpu'"),
-    ):
-        t4r_fast.mask_mlm(IDS)
+    code = "import torch, t4r_fast; t4r_fast.mask_mlm(torch.tensor([[3, 4]]))"
+    done = run_python(code, T4R_FAST_BACKEND="cuda", T4R_FAST_CUDA_ON_CPU="")
+    last = done.stderr.splitlines()[-1]
+    assert re.search("mask_mlm: backend 'cuda' is forced, but .* does not run on .*'cpu'", last)
 
 
 def test_use_restores_after_an_error_and_refuses_unknown_names():
@@ -152,6 +153,65 @@ def test_another_library_can_be_chosen(unbuilt, tmp_path):
     done = run_python(code, T4R_FAST_CPU_LIBRARY=str(tmp_path / "none.so"))
     assert done.stdout == "reference\n"
     assert f"T4R_FAST_CPU_LIBRARY names {tmp_path}/none.so, which does not exist" in done.stderr
+
+
+OFF = """
+import json, sys
+for name in sys.argv[1:]:
+    sys.modules[name] = None
+import torch, t4r_fast
+from t4r_fast.cli import doctor
+assert t4r_fast.mask_mlm(torch.tensor([[3, 4]]))
+print(json.dumps(doctor.collect()))
+"""
+
+
+def doctor_without(*modules, path=ROOT, **environment):
+    """What doctor collects where modules cannot be imported."""
+    environment = {"T4R_FAST_CUDA_ON_CPU": "", "TRITON_INTERPRET": "", **environment}
+    code = OFF.replace("sys.argv[1:]", repr(list(modules)))
+    done = run_python(code, path, **environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_doctor_says_what_is_off_without_triton():
+    facts = doctor_without("triton", TRITON_INTERPRET="1", T4R_FAST_CUDA_ON_CPU="nowhere.so")
+    assert facts["off"]["triton"] == "the package triton is not installed"
+    assert facts["off"]["cuda"].startswith("T4R_FAST_CUDA_ON_CPU names nowhere.so, which does not")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_doctor_says_what_is_off_without_a_gpu():
+    facts = doctor_without()
+    assert facts["off"]["triton"].startswith("no GPU (set TRITON_INTERPRET=1 before the import")
+    built = facts["built"]["libt4r_fast_cuda.so"]
+    state = "built" if built["ok"] else "not built either"
+    assert facts["off"]["cuda"] == f"no GPU that torch can use (libt4r_fast_cuda.so is {state})"
+    wanted = str(ROOT / "t4r_fast") if built["ok"] else "not built: no nvcc, or T4R_FAST_CUDA=0"
+    assert built["detail"].startswith(wanted)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_package_with_the_cuda_library_imports_without_a_gpu(unbuilt):
+    """Whatever it holds: it is not loaded."""
+    library = unbuilt / "t4r_fast" / "libt4r_fast_cuda.so"
+    library.write_bytes(b"for GPUs")
+    try:
+        facts = doctor_without(path=unbuilt, T4R_FAST_BACKEND="reference")
+    finally:
+        library.unlink()
+    assert facts["off"]["cuda"] == "no GPU that torch can use (libt4r_fast_cuda.so is built)"
+    assert facts["built"]["libt4r_fast_cuda.so"] == {"ok": True, "detail": str(library)}
+
+
+def test_cuda_kernels_on_the_cpu_run_only_where_forced():
+    if build.why_not("plain") is not None:
+        assert "cuda-on-cpu" not in REQUIRED, build.why_not("plain")
+        pytest.skip(build.why_not("plain"))
+    facts = doctor_without(T4R_FAST_CUDA_ON_CPU=str(build.library("plain")))
+    assert "cuda" not in facts["off"]
+    assert "cuda" not in {row["cpu"] for row in facts["ops"].values()}
 
 
 def test_broken_library_is_named(unbuilt):

@@ -80,7 +80,8 @@ def _missing(op: str) -> dict[str, str]:
     """Backends that could run here but have no kernel of this op."""
     from t4r_fast import backend
 
-    homes = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda" if _gpus() else "cpu"}
+    here = "cuda" if _gpus() else "cpu"
+    homes = {"cpu": "cpu", "cuda": here, "triton": here}
     return {
         name: reason
         for name, device in homes.items()
@@ -92,16 +93,20 @@ def _built() -> dict[str, dict[str, Any]]:
     from t4r_fast import backend
 
     folder = Path(backend.__file__).parent
-    cpu_off = backend.OFF["cpu"]
+    cpu_off, cuda = backend.OFF["cpu"], folder / backend.CUDA_LIBRARY
     host = _host()
     if isinstance(host, str):
         shown = host
     else:
         shown = f"{host.compiler} {host.flags}, instruction sets: {host.variants}"
     return {
-        "libt4r_fast_cpu.so": {
+        backend.CPU_LIBRARY: {
             "ok": cpu_off is None,
-            "detail": cpu_off or str(folder / "libt4r_fast_cpu.so"),
+            "detail": cpu_off or str(folder / backend.CPU_LIBRARY),
+        },
+        backend.CUDA_LIBRARY: {
+            "ok": cuda.exists(),
+            "detail": str(cuda) if cuda.exists() else "not built: no nvcc, or T4R_FAST_CUDA=0",
         },
         "t4r_fast._C": {"ok": not isinstance(host, str), "detail": shown},
     }
