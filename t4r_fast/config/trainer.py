@@ -98,6 +98,13 @@ class _Fields(TrainingArguments):
             " rowwise_adagrad or rowwise_adamw."
         },
     )
+    logging_nan_inf_filter: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": "Leave nan and infinite losses out of the logged mean. transformers then reads"
+            " the loss on the host after every step, which makes a GPU wait: off by default here."
+        },
+    )
     experiments_group: str = dataclasses.field(
         default="default", metadata={"help": "No effect, as in the reference."}
     )
@@ -119,6 +126,8 @@ class T4RecTrainingArguments(_Fields):
     table_optimizer           step the item table without forming its gradient, by "adamw", "sgd",
                               "adagrad", "rowwise_adamw" or "rowwise_adagrad", and the rest by
                               AdamW: t4r_fast.optim.for_model. None: `optim` steps all
+    logging_nan_inf_filter    leave nan and infinite losses out of the logged mean; off by default,
+                              unlike in transformers: it makes the host wait for every step's loss
     eval_on_test_set, experiments_group        no effect, as in the reference
 
     Old names with a successor are mapped (no_cuda, evaluation_strategy, per_gpu_*_batch_size,
