@@ -23,7 +23,6 @@ ROWS_WITHOUT = {
         "mask_permutation": LATER,
         "ranking_metrics": "a few elementwise operations on (N, len(ks)): nothing to gain",
         "sampled_softmax_loss": TRITON,
-        "sequence_embedding": LATER,
         "target_rank": TRITON,
         "tied_softmax_loss": TRITON,
         "tied_table_step": TRITON,
@@ -37,7 +36,6 @@ ROWS_WITHOUT = {
         "ranking_metrics": "a few elementwise operations on (N, len(ks)): nothing to gain",
         "sampled_softmax_loss": LATER,
         "sequence_embedding": LATER,
-        "target_rank": LATER,
         "tied_table_step": LATER,
     },
 }
