@@ -19,6 +19,7 @@ import torch
 from cuda_on_cpu import build
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from t4r_fast import backend
 
@@ -183,7 +184,10 @@ def check(
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the most elements of any tensor made inside, and which ATen ops ran."""
+    """Records the most elements of any tensor made inside, and which ATen ops ran.
+
+    Views of tensors, and results written into them, are not made.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,10 +195,16 @@ class LargestTensor(TorchDispatchMode):
         self.calls: set[str] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         out = func(*args, **(kwargs or {}))
         self.calls.add(func.overloadpacket.__name__)
         for value in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and _storage(value) not in given:
                 stored = value._values() if value.is_sparse else value
                 self.elements = max(self.elements, stored.numel())
         return out
+
+
+def _storage(tensor: Tensor) -> int:
+    stored = tensor._values() if tensor.is_sparse else tensor
+    return stored.untyped_storage()._cdata

@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,10 @@ from t4r_fast.ops._table import recorder_of
 from t4r_fast.ops.item_topk import item_topk
 from t4r_fast.ops.sampled_softmax_loss import sampled_softmax_loss
 from t4r_fast.ops.sequence_embedding import sequence_embedding
+from t4r_fast.ops.target_rank import target_rank
 from t4r_fast.ops.tied_softmax_loss import tied_softmax_loss
+from t4r_fast.torch.model.lazy_logits import LazyLogits
+from t4r_fast.tutorial.saved_model import compat_level
 
 V, D = 60, 8
 KINDS = ["sgd", "adagrad", "adamw"]
@@ -77,8 +81,9 @@ def plain_optimizer(model, kind, lr=0.05, **options):
     return [table, torch.optim.AdamW(rest, lr=lr, weight_decay=options.get("weight_decay", 0.01))]
 
 
-def ours(model, kind="adamw", lr=0.05, **options):
-    return optim.for_model(model, lr, kind, items=model.table, **options)
+def ours(model, kind="adamw", lr=0.05, bias=False, **options):
+    items = [model.bias, model.table] if bias else model.table
+    return optim.for_model(model, lr, kind, items=items, **options)
 
 
 def assert_same(a, b, atol=1e-12):
@@ -114,29 +119,83 @@ def test_training_equals_torch_optim(kind):
 def test_touched_rows_equal_dense_steps(kind):
     """Sampled softmax alone: rows that took no part get what they missed when they are read."""
     a, b = Tied(), Tied()
-    mine, dense = ours(a, kind, weight_decay=0.1), ours(b, kind, weight_decay=0.1)
+    mine, dense = ours(a, kind, bias=True, weight_decay=0.1), ours(b, kind, weight_decay=0.1)
     for i, (ids, target) in enumerate(batches(40)):
         for model, optimizer in ((a, mine), (b, dense)):
             for group in optimizer.param_groups:
                 group["lr"] = 0.05 * (1 + math.sin(i))
             model.sampled(ids, target, i).backward()
             assert model.table.grad is None
+            assert (model.bias.grad is None) == (model is a)
+            if i % 5 == 4:
+                optimizer.clip_grad_norm_(0.1)
             if model is b:  # a dense gradient of 0 makes the step a dense one
                 b.table.grad = torch.zeros_like(b.table)
             optimizer.step()
             optimizer.zero_grad()
-    behind = mine.tables[0]
-    assert behind._history.length == 40
-    assert len(behind._last.unique()) > 3  # rows are at different steps
+    assert [behind.table.shape for behind in mine.tables] == [(V, D), (V,)]
+    for behind in mine.tables:
+        assert behind._history.length == 40
+        assert len(behind._last.unique()) > 3  # rows are at different steps
     assert not torch.allclose(a.table, b.table)
+    assert not torch.allclose(a.bias, b.bias)
     mine.flush()
     assert_same(a, b)
-    assert behind._history.length == 0
+    for behind in mine.tables:
+        assert behind._history.length == 0
     a(*next(batches(1))).backward()  # and dense steps go on from there
     b(*next(batches(1))).backward()
     mine.step()
     dense.step()
     assert_same(a, b)
+
+
+def test_every_reader_brings_the_bias_up_to_date():
+    def behind():
+        model = Tied()
+        optimizer = ours(model, lr=0.1, bias=True)
+        for i, (ids, target) in enumerate(batches(3)):
+            model.sampled(ids % 20, target % 20, i).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert optimizer.tables[1]._history.length == 3
+        return model, optimizer
+
+    model, optimizer = behind()
+    stale = model.bias.detach().clone()
+    optimizer.flush()
+    truth, table = model.bias.detach().clone(), model.table.detach()
+    assert len((truth != stale).nonzero()) > 5
+    hidden, target = torch.ones(1, D, dtype=torch.float64), torch.tensor([7])
+    logits = {"labels": target, "padding_idx": 0}
+    for read in (
+        lambda bias: tied_softmax_loss(hidden, table, target, bias=bias),
+        lambda bias: item_topk(hidden, table, 5, bias=bias)[0],
+        lambda bias: target_rank(hidden, table, target, bias=bias)[0],
+        lambda bias: LazyLogits(hidden, table, bias=bias, **logits).dense(),
+        lambda bias: LazyLogits(hidden, table, bias=bias, **logits).detach().bias,
+    ):
+        model, optimizer = behind()
+        with torch.no_grad():
+            found = read(model.bias)
+            assert optimizer.tables[1]._history.length == 0
+            assert torch.equal(found, read(truth))
+
+
+def test_a_bias_goes_on_after_a_full_softmax():
+    """Its gradient is dense then; no warning, as it is no V x D."""
+    a, b = Tied(), Tied(formed=True)
+    mine, theirs = ours(a, bias=True), plain_optimizer(b, "adamw")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for ids, target in batches(3):
+            for model, optimizers in ((a, [mine]), (b, theirs)):
+                model(ids, target).backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+    assert_same(a, b)
+    assert mine.state_dict()["state"][3]["exp_avg"].shape == (V,)
 
 
 def test_every_reader_brings_its_rows_up_to_date():
@@ -281,12 +340,12 @@ def test_a_resumed_run_is_bit_for_bit_the_same(kind, sampled):
         return save(model, optimizer)
 
     a = Tied(dtype=torch.float32)
-    mine = ours(a, kind)
+    mine = ours(a, kind, bias=sampled)
     saved = train(a, mine, 0, 5)
     b = Tied(dtype=torch.float32)
     with torch.no_grad():
         b.table.zero_()
-    resumed = ours(b, kind, lr=1.0)
+    resumed = ours(b, kind, lr=1.0, bias=sampled)
     b.load_state_dict(saved["model"])
     resumed.load_state_dict(saved["optimizer"])
     end, other = train(a, mine, 5, 10), train(b, resumed, 5, 10)
@@ -320,7 +379,7 @@ def test_nothing_of_the_size_of_the_table_is_made():
     model.table = nn.Parameter(torch.randn(5000, D))
     model.bias = None
     optimizer = ours(model)
-    ids, target = next(batches(1))
+    ids, target = (part[: 1 if part.dim() == 2 else 4] for part in next(batches(1)))
     model(ids, target).backward()
     optimizer.step()  # makes the moments
     optimizer.zero_grad()
@@ -331,8 +390,8 @@ def test_nothing_of_the_size_of_the_table_is_made():
             optimizer.clip_grad_norm_(0.1)
             optimizer.step()
             optimizer.zero_grad()
-    # the scores of the reference's chunks, and the last step of each row
-    assert seen.elements <= 12 * 5000
+    # the scores of the reference's chunks, 4 rows to an item; a gradient would be D = 8
+    assert seen.elements <= 4 * 5000
     assert model.table.grad is None
 
 
@@ -422,8 +481,12 @@ ERRORS = {
     "betas": ({"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\)"),
     "momentum": ({"momentum": 0.9}, "momentum must be 0 for 'adamw'"),
     "table": (
-        {"table": nn.Parameter(torch.zeros(3))},
-        r"contiguous parameter \(V, D\); got \(3,\)",
+        {"table": nn.Parameter(torch.zeros(3, 1, 1))},
+        r"contiguous parameter \(V, D\) or \(V,\); got \(3, 1, 1\)",
+    ),
+    "bias": (
+        {"table": nn.Parameter(torch.zeros(3)), "kind": "rowwise_adamw"},
+        r"kind must be sgd, adagrad or adamw for a bias \(V,\); got 'rowwise_adamw'",
     ),
 }
 
@@ -534,23 +597,31 @@ def sampling_model(seed=0):
     return model
 
 
-def test_sampled_training_in_the_trainer(tmp_path, data):
-    """Rows left behind are brought up to date for evaluation, checkpoints and the end."""
+@pytest.mark.parametrize("level", ["23.12", "0.1"])
+def test_sampled_training_in_the_trainer(tmp_path, data, level):
+    """Rows left behind are brought up to date for evaluation, checkpoints and the end.
+
+    The same weights as by dense steps of the usual optimizer, the bias of the scores (0.1) too.
+    """
     options = {"max_grad_norm": 0.5, "weight_decay": 0.1, "learning_rate": 1e-3}
     options |= {"eval_strategy": "steps", "eval_steps": 6, "num_train_epochs": 2, "save_steps": 7}
     behind = []
 
     class Look(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            behind.append(mine._model_optimizer().tables[0]._history.length)
+            first, *others = (t._history.length for t in mine._model_optimizer().tables)
+            behind.append(first)
+            assert others == [first] * (level == "0.1")
 
         def on_evaluate(self, args, state, control, **kwargs):
             assert mine._model_optimizer().tables[0]._history.length == 0
 
-    usual = make_trainer(tmp_path / "a", data, sampling_model(), **options)
+    with compat_level(level):
+        models = sampling_model(), sampling_model()
+    usual = make_trainer(tmp_path / "a", data, models[0], **options)
     usual.train()
     mine = make_trainer(
-        tmp_path / "b", data, sampling_model(), [Look()], table_optimizer="adamw", **options
+        tmp_path / "b", data, models[1], [Look()], table_optimizer="adamw", **options
     )
     mine.train()
     # flushed by the evaluations after steps 6 and 12 and the checkpoint after step 7
@@ -582,22 +653,31 @@ def test_formed_scores_and_recommendations_are_up_to_date(tmp_path, data):
     scores(lambda model: model(inputs, testing=True)["predictions"].detach().topk(3)[0])
 
 
-@pytest.mark.parametrize("rule", ["rowwise_adamw", "adamw"])
-def test_a_stopped_training_resumes_bit_for_bit(tmp_path, data, rule):
+@pytest.mark.parametrize(
+    ("rule", "level", "sampled"),
+    [
+        ("rowwise_adamw", "23.12", False),
+        ("adamw", "23.12", False),
+        ("rowwise_adamw", "0.1", True),
+        ("adamw", "23.12", True),
+    ],
+)
+def test_a_stopped_training_resumes_bit_for_bit(tmp_path, data, rule, level, sampled):
+    def model(seed=0):
+        with compat_level(level):
+            return sampling_model(seed) if sampled else make_model(seed=seed)
+
     class Stop(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
             if state.global_step == 8:
                 raise KeyboardInterrupt
 
-    whole = make_trainer(tmp_path / "whole", data, table_optimizer=rule, num_train_epochs=2)
+    options = {"table_optimizer": rule, "num_train_epochs": 2}
+    whole = make_trainer(tmp_path / "whole", data, model(), **options)
     whole.train()
     with pytest.raises(KeyboardInterrupt):
-        make_trainer(
-            tmp_path, data, callbacks=[Stop()], table_optimizer=rule, num_train_epochs=2
-        ).train()
-    resumed = make_trainer(
-        tmp_path, data, make_model(seed=9), table_optimizer=rule, num_train_epochs=2
-    )
+        make_trainer(tmp_path, data, model(), callbacks=[Stop()], **options).train()
+    resumed = make_trainer(tmp_path, data, model(seed=9), **options)
     resumed.train(resume_from_checkpoint=True)
     assert_same_weights(resumed, whole, rtol=0, atol=0)
     mine, theirs = (t.optimizer.state_dict()["state"] for t in (resumed, whole))

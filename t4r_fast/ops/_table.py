@@ -1,8 +1,9 @@
 """How an optimizer gets the gradient of a table before it is formed.
 
-A managed table carries a Recorder as an attribute. The backward passes of the ops hand it what the
-gradient would be made of, and give autograd no gradient for the table. A table without one costs
-one attribute look-up per call. docs/decisions/0005-gradient-records.md
+A table is the (V, D) rows of the items, or the (V,) bias of their scores. A managed one carries a
+Recorder as an attribute. The backward passes of the ops hand it what the gradient would be made of,
+and give autograd no gradient for the table, except that the full softmax gives a bias its own. A
+table without one costs one attribute look-up per call. docs/decisions/0005-gradient-records.md
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Recorder(Protocol):
         """Take rows in; they add up."""
 
     def add_lookup(self, ids: Tensor, rows: Tensor) -> None:
-        """Take in gradients (K, D) of the table's rows ids (K,)."""
+        """Take in gradients (K, D), or (K,) for a bias, of the table's rows ids (K,)."""
 
     def before_read(self, ids: Callable[[], Tensor] | None) -> None:
         """Called before the table's rows ids() are read, or all rows: bring them up to date."""
@@ -76,6 +77,13 @@ def up_to_date(table: Tensor) -> Tensor:
     if recorder_of(table) is not None:
         _before_read(table)
     return table
+
+
+def all_up_to_date(items: Tensor, bias: Tensor | None) -> None:
+    """For reading all scores: bring managed items and a managed bias up to date."""
+    up_to_date(items)
+    if bias is not None:
+        up_to_date(bias)
 
 
 @torch.compiler.disable(reason="rows of the table are brought up to date by t4r_fast.optim")

@@ -16,7 +16,7 @@ from t4r_fast.ops._check import (
     checked,
     full_precision,
 )
-from t4r_fast.ops._table import up_to_date
+from t4r_fast.ops._table import all_up_to_date
 from t4r_fast.reference import item_topk as reference
 
 MAX_K = 128
@@ -57,7 +57,7 @@ def item_topk(
     Replaces torch.topk over the logits in transformers4rec.torch.model.base.Model and its Trainer.
     """
     check_scores("item_topk", hidden, items, bias)
-    up_to_date(items)
+    all_up_to_date(items, bias)
     check_rows("item_topk", hidden, rows)
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= MAX_K:
         raise ValueError(f"item_topk: k must be a whole number from 1 to {MAX_K}; got {k!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -174,7 +175,7 @@ def sampled_softmax_loss(
     def check() -> None:
         check_target_values(_OP, hidden, items, target, rows, ignore_index)
 
-    if recorder_of(items) is None:
+    if recorder_of(items) is None and (bias is None or recorder_of(bias) is None):
         apply = _SampledSoftmaxLoss.apply
         name = backend.pick(_OP, hidden)
         loss = checked(name, check, apply, *arguments, (sparse, sparse))
@@ -199,10 +200,13 @@ def _of_managed(
     seed: Tensor,
     options: reference.Options,
 ) -> Tensor:
-    """With the table of an optimizer of t4r_fast.optim, which gets the rows of its gradient."""
+    """With tables of an optimizer of t4r_fast.optim, which gets the rows of their gradients."""
     names = (target, rows, cumulative, seed, options)
-    table = recorded(items, lambda: reference.read_ids(hidden, items, *names))
-    return _SampledSoftmaxLoss.apply(hidden, table, bias, *names, (True, sparse))
+    ids = functools.cache(lambda: reference.read_ids(hidden, items, *names))
+    managed = [t is not None and recorder_of(t) is not None for t in (items, bias)]
+    items, bias = (recorded(t, ids) if m else t for t, m in zip((items, bias), managed))
+    sparse_for = (sparse or managed[0], sparse or managed[1])
+    return _SampledSoftmaxLoss.apply(hidden, items, bias, *names, sparse_for)
 
 
 def _count(hidden: Tensor, target: Tensor, rows: Tensor | None, ignore_index: int) -> Tensor:
@@ -295,7 +299,7 @@ class _SampledSoftmaxLoss(torch.autograd.Function):
     ) -> Tensor:
         ctx.backend = backend.pick(_OP, hidden)
         ctx.options = options
-        ctx.sparse, ctx.sparse_bias = sparse_for
+        ctx.sparse_for = sparse_for
         functions = backend.ops(ctx.backend, reference)
         inputs = (hidden, items, target, bias, rows, cumulative, seed)
         with full_precision(ctx.backend, hidden.device):
@@ -314,13 +318,12 @@ class _SampledSoftmaxLoss(torch.autograd.Function):
         functions = backend.ops(ctx.backend, reference)
         with full_precision(ctx.backend, dloss.device):
             dhidden, ids, ditems, dbias = functions.sampled_softmax_loss_bwd(
-                dloss, *saved, *ctx.options, ctx.sparse, needs[0], needs[1] or needs[2]
+                dloss, *saved, *ctx.options, any(ctx.sparse_for), needs[0], needs[1] or needs[2]
             )
-        if ctx.sparse and (needs[1] or needs[2]):
-            ditems = _sparse(ids, ditems, items)
-            dbias = None if bias is None else _sparse(ids, dbias, bias)
-            if dbias is not None and not ctx.sparse_bias:
-                dbias = dbias.to_dense()
+        if any(ctx.sparse_for):
+            of_items, of_bias = ctx.sparse_for
+            ditems = _placed(ids, ditems, items, of_items) if needs[1] else None
+            dbias = _placed(ids, dbias, bias, of_bias) if needs[2] else None
         return (
             dhidden if needs[0] else None,
             ditems if needs[1] else None,
@@ -329,8 +332,10 @@ class _SampledSoftmaxLoss(torch.autograd.Function):
         )
 
 
-def _sparse(ids: Tensor, values: Tensor, like: Tensor) -> Tensor:
-    # ids are ascending and different
+def _placed(ids: Tensor, values: Tensor, like: Tensor, sparse: bool) -> Tensor:
+    """A gradient of the shape of `like` with values at ids, which are ascending and different."""
+    if not sparse:
+        return torch.zeros_like(like).index_copy_(0, ids, values)
     return torch.sparse_coo_tensor(
         ids[None], values, like.shape, is_coalesced=True, check_invariants=False
     )

@@ -15,7 +15,7 @@ from t4r_fast.ops._check import (
     checked,
     full_precision,
 )
-from t4r_fast.ops._table import up_to_date
+from t4r_fast.ops._table import all_up_to_date
 from t4r_fast.reference import target_rank as reference
 
 
@@ -61,7 +61,7 @@ def target_rank(
     """
     check_scores("target_rank", hidden, items, bias)
     check_target("target_rank", hidden, items, target, rows, ignore_index)
-    up_to_date(items)
+    all_up_to_date(items, bias)
     name = backend.pick("target_rank", hidden)
     with torch.no_grad(), full_precision(name, hidden.device):
         return TargetRank(

@@ -16,7 +16,7 @@ from t4r_fast.ops._check import (
     checked,
     full_precision,
 )
-from t4r_fast.ops._table import Recorder, eagerly, recorder_of, softmax_rows, up_to_date
+from t4r_fast.ops._table import Recorder, all_up_to_date, eagerly, recorder_of, softmax_rows
 from t4r_fast.reference import tied_softmax_loss as reference
 from t4r_fast.reference._scores import compute_dtype
 
@@ -77,11 +77,11 @@ def tied_softmax_loss(
     # inside forward every input looks as if it needed a gradient, also under no_grad
     leaves = (hidden, items) if bias is None else (hidden, items, bias)
     grad = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+    all_up_to_date(items, bias)
     recorder = recorder_of(items)
     if recorder is None:
         apply = _TiedSoftmaxLoss.apply
     else:
-        up_to_date(items)
         apply = functools.partial(eagerly, _TiedSoftmaxLoss.apply)
     loss, lse = checked(
         backend.pick("tied_softmax_loss", hidden),

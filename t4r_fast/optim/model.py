@@ -15,8 +15,8 @@ from t4r_fast.optim.tied_table import TiedTableOptimizer, load_states
 class ModelOptimizer(torch.optim.Optimizer):
     """Several optimizers as one; made by for_model.
 
-    tables  TiedTableOptimizers, stepped first: their gradient needs the bias of the scores as it
-            was in backward
+    tables  TiedTableOptimizers, stepped first and in this order: the gradient of an item table
+            needs the bias of the scores as it was in backward
     rest    the optimizer of all other parameters, or None
 
     param_groups are those of rest, then one per table: a scheduler sets all learning rates.
@@ -119,12 +119,15 @@ def for_model(
 
     lr            learning rate of all parameters, to begin with; schedulers set param_groups
     table         rule of the item table, a kind of TiedTableOptimizer
-    items         the item table or tables; None: those that the next-item tasks of a
-                  t4r_fast.torch model score with
+    items         the item table or tables, and biases (V,) of sampled scores; None: those that the
+                  next-item tasks of a t4r_fast.torch model score with
     weight_decay  of all parameters but those named in no_decay
     betas, eps    of AdamW, for the rest and for the table
     table_eps     None: eps for Adam kinds, 1e-10 for Adagrad
     momentum      of table="sgd"
+
+    A bias among the items is stepped by AdamW, the rule of the rest, and after the tables; after
+    sampled losses its touched numbers alone, as with a table.
 
     Saving the model's state_dict, or loading one, brings the table up to date first.
     Raises ValueError when no item table is found and on options out of range.
@@ -143,12 +146,15 @@ def for_model(
     if table_eps is None:
         table_eps = 1e-10 if table.endswith("adagrad") else eps
     tables = []
-    for parameter in found:
+    for parameter in sorted(found, key=lambda parameter: parameter.dim() == 1):
         name = next((n for n, p in named.items() if p is parameter), None)
         if name is None:
             raise ValueError("for_model: items must be trainable parameters of the model")
         decay = 0.0 if name in no_decay else weight_decay
-        tables.append(TiedTableOptimizer(parameter, lr, table, betas, table_eps, decay, momentum))
+        rule = (table, betas, table_eps, decay, momentum)
+        if parameter.dim() == 1:
+            rule = ("adamw", betas, eps, decay)
+        tables.append(TiedTableOptimizer(parameter, lr, *rule))
         del named[name]
     groups = [
         {"params": [p for n, p in named.items() if n not in no_decay]},
@@ -163,9 +169,16 @@ def for_model(
 
 
 def _item_tables(model: nn.Module) -> list[nn.Parameter]:
-    from t4r_fast.torch.model.prediction_task import _ItemScores
+    from t4r_fast.torch.model.prediction_task import NextItemPredictionTask
 
-    found = [module.items for module in model.modules() if isinstance(module, _ItemScores)]
+    found = []
+    for task in model.modules():
+        if isinstance(task, NextItemPredictionTask) and hasattr(task, "pre"):
+            scores = task.pre.module
+            found.append(scores.items)
+            # after a full softmax the bias has a gradient of its own size anyway
+            if task.sampler is not None and scores.output_layer_bias is not None:
+                found.append(scores.output_layer_bias)
     return list({id(table): table for table in found if table.requires_grad}.values())
 
 

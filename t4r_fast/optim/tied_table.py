@@ -26,7 +26,8 @@ _NUMBERS = ("betas", "eps", "weight_decay", "momentum")
 class TiedTableOptimizer(torch.optim.Optimizer):
     """Optimizer of one item table; its V x D gradient is never formed.
 
-    table         nn.Parameter (V, D), contiguous; the embedding table, tied or not
+    table         nn.Parameter (V, D), contiguous: the embedding table, tied or not; or (V,): the
+                  bias of the items' scores, whose rows are single numbers
     lr            float >= 0
     kind          "sgd", "adagrad", "adamw", "rowwise_adagrad" or "rowwise_adamw"; tied_table_step
     betas         of Adam's moments
@@ -43,6 +44,8 @@ class TiedTableOptimizer(torch.optim.Optimizer):
     get the decay and the movement that they missed when t4r_fast's ops read them next, or by
     flush(), so that the result is that of dense steps, within rounding. Call flush() before other
     code reads the table. state_dict() calls it.
+
+    With a bias the table must be stepped first: the softmax's gradient is computed from both.
 
     Equals torch.optim's SGD, Adagrad and AdamW on the formed gradient. state_dict() has their form.
     Raises ValueError on options out of range, RuntimeError when the table was changed between
@@ -112,8 +115,8 @@ class TiedTableOptimizer(torch.optim.Optimizer):
         state["step"] += 1
         step = int(state["step"])
         tied_table_step(
-            self.table,
-            state,
+            _as_rows(self.table),
+            self._as_rows_of(state),
             softmax,
             lookup,
             kind=group["kind"],
@@ -164,7 +167,7 @@ class TiedTableOptimizer(torch.optim.Optimizer):
         Exact: one more pass over the table where a full softmax took part, as dear as step().
         """
         softmax, lookup, gradient = self._gradient()
-        return tied_table_grad_norm(self.table, softmax, lookup, gradient=gradient)
+        return tied_table_grad_norm(_as_rows(self.table), softmax, lookup, gradient=gradient)
 
     def scale_gradient(self, factor: float) -> None:
         """Multiply the gradient that the next step() takes."""
@@ -211,8 +214,8 @@ class TiedTableOptimizer(torch.optim.Optimizer):
         # What the table stands for does not change: graphs that saved it stay good.
         with torch.autograd._unsafe_preserve_version_counter(self.table):
             tied_table_catch_up(
-                self.table,
-                self.state[self.table],
+                _as_rows(self.table),
+                self._as_rows_of(self.state[self.table]),
                 self._last,
                 ids,
                 self._history.lrs.to(self.table.device),
@@ -247,8 +250,16 @@ class TiedTableOptimizer(torch.optim.Optimizer):
         state, group = self.state[self.table], self.param_groups[0]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
-            state.update(table_state(self.table, group["kind"], group["momentum"]))
+            made = table_state(_as_rows(self.table), group["kind"], group["momentum"])
+            state.update(
+                {n: v.flatten() for n, v in made.items()} if self.table.dim() == 1 else made
+            )
         return state
+
+    def _as_rows_of(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.table.dim() == 2:
+            return state
+        return {name: _as_rows(value) for name, value in state.items() if value.dim()}
 
     def _gradient(self) -> tuple[list, list, Tensor | None]:
         """softmax, lookup and the dense gradient of the next step."""
@@ -261,7 +272,10 @@ class TiedTableOptimizer(torch.optim.Optimizer):
         if gradient is not None and gradient.is_sparse:
             lookup.append(sparse_parts(gradient))
             gradient = None
-        if gradient is not None:
+        lookup = [(ids, _as_rows(rows)) for ids, rows in lookup]
+        if gradient is not None and self.table.dim() == 1:
+            gradient = _as_rows(gradient)  # the full softmax's own
+        elif gradient is not None:
             warn_once(
                 "TiedTableOptimizer gradient",
                 f"the item table {tuple(self.table.shape)} got a gradient of its own size from code"
@@ -300,15 +314,28 @@ def load_states(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
         group.update({k: v for k, v in other.items() if k != "params"})
 
 
+def _as_rows(table: Tensor) -> Tensor:
+    """(V, D) as it is, (V,) as (V, 1)."""
+    return table if table.dim() == 2 else table.unsqueeze(1)
+
+
 def _check_table(table: Any, kind: str, momentum: float) -> None:
-    if not isinstance(table, torch.Tensor) or table.dim() != 2 or not table.is_contiguous():
+    if (
+        not isinstance(table, torch.Tensor)
+        or table.dim() not in (1, 2)
+        or not table.is_contiguous()
+    ):
         raise ValueError(
-            "TiedTableOptimizer: table must be a contiguous parameter (V, D); got"
+            "TiedTableOptimizer: table must be a contiguous parameter (V, D) or (V,); got"
             f" {tuple(table.shape) if isinstance(table, torch.Tensor) else type(table).__name__}"
         )
     if kind not in KINDS:
         raise ValueError(
             f"TiedTableOptimizer: kind must be one of {', '.join(KINDS)}; got {kind!r}"
+        )
+    if kind.startswith("rowwise") and table.dim() == 1:
+        raise ValueError(
+            f"TiedTableOptimizer: kind must be sgd, adagrad or adamw for a bias (V,); got {kind!r}"
         )
     if momentum and kind != "sgd":
         raise ValueError(f"TiedTableOptimizer: momentum must be 0 for {kind!r}; got {momentum}")

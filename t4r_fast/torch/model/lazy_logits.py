@@ -48,7 +48,7 @@ class LazyLogits:
             self.hidden.detach(),
             up_to_date(self.items).detach(),
             self.labels,
-            bias=None if self.bias is None else self.bias.detach(),
+            bias=None if self.bias is None else up_to_date(self.bias).detach(),
             temperature=self.temperature,
             padding_idx=self.padding_idx,
             log_probabilities=self.log_probabilities,
@@ -79,7 +79,7 @@ class LazyLogits:
             hidden = self.hidden[self.labels != self.padding_idx]
             scores = hidden @ up_to_date(self.items).T
             if self.bias is not None:
-                scores = scores + self.bias
+                scores = scores + up_to_date(self.bias)
             scores = scores / self.temperature
             self._dense = scores.log_softmax(-1) if self.log_probabilities else scores
         return self._dense

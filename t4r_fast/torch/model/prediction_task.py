@@ -254,7 +254,7 @@ class NextItemPredictionTask(nn.Module):
             return item_topk(hidden, items, top_k, bias=bias, temperature=self.softmax_temperature)
         scores = hidden @ up_to_date(items).T
         if bias is not None:
-            scores = scores + bias
+            scores = scores + up_to_date(bias)
         scores = scores / self.softmax_temperature
         return scores.log_softmax(-1) if self._log_probabilities else scores
 

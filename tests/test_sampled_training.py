@@ -1,0 +1,118 @@
+"""Sampled softmax through model layer, optimizer and Trainer: what a step touches, and learning."""
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import tutorial_cells as cells
+from harness import LargestTensor
+from transformers import TrainerCallback
+
+from t4r_fast.config.trainer import T4RecTrainingArguments
+from t4r_fast.etl import pipeline
+from t4r_fast.generate import generate_events
+from t4r_fast.ops._table import recorder_of
+from t4r_fast.schema import Schema
+from t4r_fast.torch.trainer import Trainer
+from t4r_fast.tutorial.baselines import ItemCounts, metrics_from_ranks
+from t4r_fast.tutorial.models import build, feature_columns
+from t4r_fast.tutorial.saved_model import compat_level
+
+ITEMS = 60_000
+
+
+def make_trainer(folder, model, schema, path, callbacks=(), **options):
+    arguments = T4RecTrainingArguments(
+        output_dir=str(folder),
+        max_sequence_length=cells.LENGTH,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        **options,
+    )
+    return Trainer(
+        model=model,
+        args=arguments,
+        schema=schema.select_by_name(feature_columns("gru", schema)),
+        train_dataset_or_path=str(path),
+        callbacks=list(callbacks),
+        compute_metrics=True,
+    )
+
+
+class AfterTheFirstStep(TrainerCallback):
+    """Counts what the Trainer's later steps make; the first one makes the moments."""
+
+    def __init__(self):
+        self.seen = LargestTensor()
+        self.steps = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            self.seen.__enter__()
+        elif state.global_step == args.max_steps:
+            self.seen.__exit__(None, None, None)
+            self.steps = state.global_step - 1
+
+
+@pytest.mark.parametrize("level", ["23.12", "0.1"])
+def test_a_training_step_makes_nothing_of_the_size_of_the_catalogue(tmp_path, level):
+    """Not even one number per item, also where the scores have a bias (0.1)."""
+    schema = cells.schema(ITEMS)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, ITEMS, (16, 6), generator=generator).tolist()
+    pq.write_table(pa.table({cells.ITEM: ids}), tmp_path / "train.parquet")
+    with compat_level(level):
+        model = build("gru", schema, negatives=64)
+    look = AfterTheFirstStep()
+    options = {"table_optimizer": "adamw", "max_steps": 4, "per_device_train_batch_size": 4}
+    options |= {"weight_decay": 0.1, "max_grad_norm": 0.1}
+    trainer = make_trainer(tmp_path / "out", model, schema, tmp_path / "train.parquet", [look],
+                           **options)  # fmt: skip
+    trainer.train()
+    assert look.steps == 3
+    assert "_fused_adamw_" in look.seen.calls  # the steps of the optimizer were seen
+    assert look.seen.elements < ITEMS
+    scores = model.prediction_tasks[0].pre.module
+    managed = [scores.items] if level == "23.12" else [scores.items, scores.output_layer_bias]
+    assert [t.table for t in trainer._model_optimizer().tables] == managed
+    for table in managed:
+        assert recorder_of(table) is not None
+        assert table.grad is None
+
+
+def test_sampled_training_learns(tmp_path):
+    """The model sees 50 of 200 items in a step, and ranks all of them better than popularity."""
+    generate_events(tmp_path / "events.parquet", sessions_per_day=3000, days=2, items=200)
+    pipeline.run(tmp_path / "events.parquet", tmp_path / "data")
+    schema = Schema().from_proto_text(tmp_path / "data/schema.pbtxt")
+    paths = [tmp_path / f"data/sessions_by_day/{part}.parquet" for part in ("1/train", "2/valid")]
+    torch.manual_seed(0)
+    model = build("gru", schema, d_model=64, item_dim=32, embedding_std=0.3, negatives=50)
+    trainer = make_trainer(
+        tmp_path / "out",
+        model,
+        schema,
+        paths[0],
+        table_optimizer="adamw",
+        learning_rate=5e-3,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=64,
+        num_train_epochs=5,
+        logging_steps=15,
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.5
+    found = trainer.evaluate(str(paths[1]))
+
+    item = schema.item_id_column_name
+    train, valid = (pl.read_parquet(path, columns=[item])[item] for path in paths)
+    counts = ItemCounts(model.prediction_tasks[0].pre.module.items.shape[0])
+    counts.add(train)
+    last = valid.list.last().to_numpy()
+    popular = metrics_from_ranks(counts.popularity_ranks(last))
+    for name in ("recall_at_10", "ndcg_at_20"):
+        assert found[f"eval_/next-item/{name}"] > 2 * popular[name]
