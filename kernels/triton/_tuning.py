@@ -8,11 +8,12 @@ looked at: they differ from step to step.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,6 +95,8 @@ def interpreted() -> bool:
 
 def capability(tensor: Tensor) -> int:
     """The entry of ARCHITECTURES that serves the tensor's GPU; 0 in the interpreter."""
+    if _recording is not None:
+        return _recording.arch
     return INTERPRETER if interpreted() else _capability(tensor.device.index)
 
 
@@ -111,7 +114,9 @@ def _capability(device: int) -> int:
 
 def processors(tensor: Tensor) -> int:
     """Streaming multiprocessors of the tensor's GPU."""
-    return INTERPRETED_PROCESSORS if interpreted() else _processors(tensor.device.index)
+    if interpreted() or _recording is not None:
+        return INTERPRETED_PROCESSORS
+    return _processors(tensor.device.index)
 
 
 @functools.cache
@@ -120,7 +125,9 @@ def _processors(device: int) -> int:
 
 
 def _device_name(tensor: Tensor) -> str:
-    return "interpreter" if interpreted() else torch.cuda.get_device_name(tensor.device)
+    if interpreted() or _recording is not None:
+        return "none"
+    return torch.cuda.get_device_name(tensor.device)
 
 
 def _bucket(value: int, buckets: Sequence[int]) -> int:
@@ -189,10 +196,13 @@ def chosen(
     run    launches the kernel with a configuration; it may be called often before the real launch
     timer  seconds of one call of a function
     """
-    if os.environ.get("T4R_FAST_AUTOTUNE") != "1":
+    possible = candidates(kernel, table, wanted)
+    if _recording is not None:
+        for other in possible:
+            run(other)
+    if _recording is not None or os.environ.get("T4R_FAST_AUTOTUNE") != "1":
         return fixed(kernel, table, wanted)
     name = _name(kernel, wanted)
-    possible = candidates(kernel, table, wanted)
     if name not in _tuned:
         stored = _read(cache_file()).get(name)
         found = next((c for c in possible if _as_json(c) == stored), None)
@@ -265,7 +275,14 @@ TYPE_NAMES = {
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
     torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
 }
+
+
+# dtype of the inputs -> of sums
+SUMS = {dtype: torch.float64 if dtype == torch.float64 else torch.float32 for dtype in TYPES}
 
 
 def dot_type(dtype: torch.dtype) -> tl.dtype:
@@ -276,7 +293,7 @@ def dot_type(dtype: torch.dtype) -> tl.dtype:
 
 def sum_type(dtype: torch.dtype) -> tl.dtype:
     """Type of sums: float32, float64 for float64."""
-    return tl.float64 if dtype == torch.float64 else tl.float32
+    return TYPES[SUMS[dtype]]
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -289,7 +306,90 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-# -- ahead of time ---------------------------------------------------------------------------------
+# -- launches, and compilation ahead of time -------------------------------------------------------
+
+
+class _Recording:
+    """Where launches go while `recorded` runs: nowhere but into a list."""
+
+    def __init__(self, arch: int, label: str) -> None:
+        self.arch, self.label = arch, label
+        self.variants: list[Variant] = []
+
+
+_recording: _Recording | None = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any) -> None:
+    """kernel[grid](...) on the device of its tensors; while `recorded` runs, note its types."""
+    if _recording is not None:
+        types, constants = _types(kernel, arguments)
+        _recording.variants.append(variant(kernel, types, constants, config, _recording.label))
+        return
+    if 0 in grid:
+        return
+    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        kernel[grid](**arguments, **config.arguments(), enable_fp_fusion=True)
+
+
+def recorded(arch: int, label: str, launcher: Callable[[], Any]) -> list[Variant]:
+    """What a launcher, called with tensors on the meta device, would compile for an architecture.
+
+    All configurations that autotuning could choose are among them.
+    """
+    global _recording
+    _recording = made = _Recording(arch, label)
+    try:
+        launcher()
+    finally:
+        _recording = None
+    return list({_identity(v): v for v in made.variants}.values())
+
+
+def cases() -> Iterator[tuple[str, torch.dtype, int, bool]]:
+    """Label, dtype, D and "with every option" of the calls that the budget is made of.
+
+    D past the last bucket is worked on in chunks; 100 needs masks in D.
+    """
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision_, dtype, widths in (
+            ("highest", torch.bfloat16, (64, 128, 256, 512, 100)),
+            ("highest", torch.float16, (64,)),
+            ("highest", torch.float32, (64, 128, 256, 512)),
+            ("high", torch.float32, (64, 256)),
+        ):
+            torch.set_float32_matmul_precision(precision_)
+            name = "tf32" if precision_ == "high" else TYPE_NAMES[dtype]
+            for width in widths:
+                for everything in (False, True):
+                    yield f"{name} D{width}{' all' if everything else ''}", dtype, width, everything
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _identity(made: Variant) -> tuple[Any, ...]:
+    constants = tuple(sorted((name, str(value)) for name, value in made.constexprs.items()))
+    return made.kernel.__name__, tuple(made.signature.items()), constants, made.config
+
+
+def _types(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Triton types of the arguments as a launch gives them, and the values of constants."""
+    types, constants = {}, {}
+    for parameter in kernel.params:
+        if parameter.name not in arguments:
+            continue  # a block size
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            constants[parameter.name] = value
+        elif isinstance(value, Tensor):
+            types[parameter.name] = f"*{TYPE_NAMES[value.dtype]}"
+        else:
+            number = "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
+            types[parameter.name] = parameter.annotation_type or number
+    return types, constants
 
 
 def variant(
@@ -321,5 +421,9 @@ def compile_ahead(made: Variant, arch: int) -> Any:
         if kind.startswith("*") or (kind.startswith("i") and (name == "D" or "stride" in name))
     }
     source = ASTSource(made.kernel, made.signature, made.constexprs, attributes)
-    options = {"num_warps": made.config.num_warps, "num_stages": made.config.num_stages}
+    options = {
+        "num_warps": made.config.num_warps,
+        "num_stages": made.config.num_stages,
+        "enable_fp_fusion": True,
+    }
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
