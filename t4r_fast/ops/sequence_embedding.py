@@ -215,16 +215,15 @@ class _Options(NamedTuple):
 
 
 class _SequenceEmbedding(torch.autograd.Function):
+    # Four parameters, and an even number of arguments: torch.compile leaves ctx out where there is
+    # one argument more than there are parameters (torch 2.13, no gradient needed).
     @staticmethod
     def forward(
-        ctx: Any,
-        options: _Options,
-        mask: Tensor | None,
-        mask_vector: Tensor | None,
-        *columns_and_tables: Tensor | None,
+        ctx: Any, options: _Options, mask: Tensor | None, *vector_columns_tables: Tensor | None
     ) -> Tensor:
-        count = len(columns_and_tables) // 2
-        columns, tables = list(columns_and_tables[:count]), list(columns_and_tables[count:])
+        mask_vector, *both = vector_columns_tables
+        count = len(both) // 2
+        columns, tables = both[:count], both[count:]
         ctx.backend = backend.pick(_OP, columns[0])
         ctx.options = options
         ctx.shapes = [

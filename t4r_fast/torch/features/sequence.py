@@ -144,13 +144,17 @@ class TabularSequenceFeatures(BlockBase):
 
     # -- parts -----------------------------------------------------------------------------------
 
+    def _part(self, name: str) -> nn.Module | None:
+        # nn.ModuleDict has no get, and torch.compile cannot trace dict(ModuleDict)
+        return self.to_merge[name] if name in self.to_merge else None  # noqa: SIM401
+
     @property
     def categorical_module(self) -> SequenceEmbeddingFeatures | None:
-        return dict(self.to_merge).get("categorical_module")
+        return self._part("categorical_module")
 
     @property
     def continuous_module(self) -> nn.Module | None:
-        return dict(self.to_merge).get("continuous_module")
+        return self._part("continuous_module")
 
     @property
     def masking(self) -> MaskSequence | None:
