@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import warnings
@@ -432,3 +433,34 @@ def test_a_missing_column_is_named():
     del batch["brand-list_seq"]
     with pytest.raises(KeyError, match="lacks the column 'brand-list_seq'"):
         model(batch, training=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("sampled", [False, True], ids=["full", "sampled"])
+@pytest.mark.parametrize("kind", ["gru", "xlnet"])
+def test_the_loss_is_given_the_rows_that_have_a_target(kind, sampled, reduction, monkeypatch):
+    """With the loss, up to the order of its sum, of all positions with padding ignored."""
+    name = "sampled_softmax_loss" if sampled else "tied_softmax_loss"
+    module = importlib.import_module("t4r_fast.torch.model.prediction_task")
+    function, given = getattr(module, name), []
+
+    def watched(*args, rows, **options):
+        given.append(rows)
+        if sampled:
+            options["seed"] = torch.tensor([1, 2])
+        loss = function(*args, rows=rows, **options)
+        torch.testing.assert_close(loss, function(*args, **options))
+        return loss
+
+    monkeypatch.setattr(module, name, watched)
+    model = KINDS[kind](cells.schema(**SMALL))
+    task = model.prediction_tasks[0]
+    task.loss = torch.nn.CrossEntropyLoss(reduction=reduction)
+    if sampled:
+        task.sampler, task.max_n_samples = "log_uniform", 9
+    out = model(cells.batch(model.input_schema, 7), training=True)
+    (rows,) = given
+    has_target = (out["labels"] != 0).nonzero()[:, 0]
+    assert rows.shape == out["labels"].shape
+    assert torch.equal(rows[: len(has_target)], has_target)
+    assert (rows[len(has_target) :] == -1).all()

@@ -192,8 +192,11 @@ class NextItemPredictionTask(nn.Module):
     def _scored(self, inputs: torch.Tensor, training: bool) -> dict[str, object]:
         flat = inputs.reshape(-1, inputs.shape[-1])
         labels = self.masking.masked_targets.reshape(-1)
+        # Where targets stand, then -1: a kernel finds its rows side by side, whatever the device.
+        counted = self.masking.rows
         last_item_only = not training and self.masking.eval_on_last_item_seq_only
         if last_item_only:
+            counted = None
             # At most one target per session: the first B entries of the row list hold them all.
             rows = self.masking.rows[: inputs.shape[0]]
             present = rows >= 0
@@ -210,10 +213,10 @@ class NextItemPredictionTask(nn.Module):
             log_probabilities=self._log_probabilities,
         )
         sampled = training and self.sampler is not None
-        loss = self._sampled_loss(logits) if sampled else self._loss(logits)
+        loss = self._sampled_loss(logits, counted) if sampled else self._loss(logits, counted)
         return {"loss": loss, "labels": labels, "predictions": logits}
 
-    def _sampled_loss(self, logits: LazyLogits) -> torch.Tensor:
+    def _sampled_loss(self, logits: LazyLogits, rows: torch.Tensor | None) -> torch.Tensor:
         return sampled_softmax_loss(
             logits.hidden,
             logits.items,
@@ -221,6 +224,7 @@ class NextItemPredictionTask(nn.Module):
             num_negatives=self.max_n_samples,
             sampler=self.sampler,
             bias=logits.bias,
+            rows=rows,
             temperature=self.softmax_temperature,
             ignore_index=self.padding_idx,
             reduction=self.loss.reduction,
@@ -228,7 +232,7 @@ class NextItemPredictionTask(nn.Module):
             sparse=False,
         )
 
-    def _loss(self, logits: LazyLogits) -> torch.Tensor:
+    def _loss(self, logits: LazyLogits, rows: torch.Tensor | None) -> torch.Tensor:
         loss = self.loss
         if not _is_plain_cross_entropy(loss):
             return loss(logits.dense(), logits.labels[logits.labels != self.padding_idx])
@@ -237,6 +241,7 @@ class NextItemPredictionTask(nn.Module):
             logits.items,
             logits.labels,
             bias=logits.bias,
+            rows=rows,
             temperature=self.softmax_temperature,
             label_smoothing=getattr(loss, "label_smoothing", 0.0),
             ignore_index=self.padding_idx,
