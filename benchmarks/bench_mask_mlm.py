@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import t4r_fast
-from benchmarks.case import Benchmark, Case, Inputs, Outputs, Provider, Work, ids
+from benchmarks.case import Benchmark, Case, Inputs, Outputs, Provider, Work, sessions
 
 CASES = [
     Case("train", {"B": 256, "L": 20}, "quick", shown=True),
@@ -14,13 +14,7 @@ CASES = [
 
 
 def inputs(case: Case, dtype: torch.dtype) -> Inputs:
-    generator = torch.Generator().manual_seed(1)
-    length = torch.randint(2, case["L"] + 1, (case["B"], 1), generator=generator)
-    items = ids(case["B"], case["L"], below=100_000)
-    return {
-        "item_ids": torch.where(torch.arange(case["L"]) < length, items, 0),
-        "seed": torch.tensor([3, 4]),
-    }
+    return {"item_ids": sessions(case), "seed": torch.tensor([3, 4])}
 
 
 def ours(x: Inputs) -> Outputs:

@@ -143,6 +143,14 @@ def ids(*shape: int, below: int, seed: int = 0) -> Tensor:
     return torch.randint(1, below, shape, generator=torch.Generator().manual_seed(seed))
 
 
+def sessions(case: Case) -> Tensor:
+    """(B, L) item ids of 2 to L items, padding of 0 on the right."""
+    generator = torch.Generator().manual_seed(1)
+    length = torch.randint(2, case["L"] + 1, (case["B"], 1), generator=generator)
+    items = ids(case["B"], case["L"], below=100_000)
+    return torch.where(torch.arange(case["L"]) < length, items, 0)
+
+
 def in_turn(batches: Tensor) -> Callable[[], Tensor]:
     """One of the batches after another, the first first: rows that were just read are in a cache,
     which in training they are not."""

@@ -51,6 +51,7 @@ def test_there_are_ops():
 def test_row_is_complete(op):
     assert (ROOT / f"t4r_fast/reference/{op}.py").exists()
     assert (ROOT / f"tests/test_{op}.py").exists()
+    assert (ROOT / f"benchmarks/bench_{op}.py").exists()
 
 
 @pytest.mark.parametrize("folder", ROWS_WITHOUT)

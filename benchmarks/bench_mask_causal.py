@@ -1,0 +1,53 @@
+"""mask_causal: next-item targets, mask and the list of rows."""
+
+from __future__ import annotations
+
+import torch
+
+import t4r_fast
+from benchmarks.case import Benchmark, Case, Inputs, Outputs, Provider, Work, sessions
+
+CASES = [
+    Case("train", {"B": 256, "L": 20}, "quick", shown=True),
+    Case("train", {"B": 4096, "L": 50}),
+]
+
+
+def inputs(case: Case, dtype: torch.dtype) -> Inputs:
+    return {"item_ids": sessions(case)}
+
+
+def ours(x: Inputs) -> Outputs:
+    return t4r_fast.mask_causal(x["item_ids"])._asdict()
+
+
+def transformers4rec(x: Inputs) -> Outputs:
+    """CausalLanguageModeling of Transformers4Rec 23.12, and the compaction that its head needs.
+
+    Its list of rows has another length, so that targets and mask alone are compared.
+    """
+    item_ids = x["item_ids"]
+    targets = torch.cat([item_ids[:, 1:], torch.zeros_like(item_ids[:, :1])], dim=1)
+    labelled = targets != 0
+    flat = targets.flatten()
+    kept = (flat != 0).nonzero().squeeze(1)
+    flat[kept]
+    return {"targets": targets, "mask": ~labelled}
+
+
+def work(case: Case, size: int) -> Work:
+    """Ids read; targets and the row list of int64 and the mask of one byte written."""
+    positions = case["B"] * case["L"]
+    return Work(read=8 * positions, written=17 * positions)
+
+
+BENCHMARK = Benchmark(
+    "mask_causal",
+    CASES,
+    inputs,
+    [
+        Provider("t4r_fast", lambda case: ours, ours=True),
+        Provider("Transformers4Rec's steps", lambda case: transformers4rec),
+    ],
+    work,
+)
