@@ -1,6 +1,6 @@
 // Items drawn from a counter: the same ids as t4r_fast/reference/_draws.py, bit for bit.
-// float64 addition, multiplication and rounding alone: build what includes this with
-// -ffp-contract=off, nvcc --fmad=false. No torch and no standard library beyond <cstdint>.
+// float64 addition, multiplication and rounding alone, none of them fused: device code says so, a
+// C++ compiler needs -ffp-contract=off. No torch and no standard library beyond <cstdint>.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,29 @@ namespace t4r_fast {
 // Three bits of the counter. 0 and 1 are those of mask_mlm, 4 to 6 mask_permutation's.
 enum DrawKind : uint32_t { kSample = 2, kNegative = 3 };
 
+#ifdef __CUDA_ARCH__
+HOST_DEVICE inline double rounded_product(double a, double b) {
+  return __dmul_rn(a, b);
+}
+HOST_DEVICE inline double rounded_sum(double a, double b) {
+  return __dadd_rn(a, b);
+}
+#else
+HOST_DEVICE inline double rounded_product(double a, double b) {
+  return a * b;
+}
+HOST_DEVICE inline double rounded_sum(double a, double b) {
+  return a + b;
+}
+#endif
+
 struct Seed {
+  // From the two numbers of a seed tensor.
+  HOST_DEVICE static Seed of(int64_t key, int64_t offset) {
+    const uint64_t place = static_cast<uint64_t>(offset);
+    return {static_cast<uint64_t>(key), static_cast<uint32_t>(place >> 32) << 3,
+            static_cast<uint32_t>(place)};
+  }
   HOST_DEVICE Words counter(uint32_t index, uint32_t set, uint32_t draw) const {
     return {{index, set, kind | draw, low}};
   }
@@ -52,24 +74,21 @@ HOST_DEVICE inline double exact_exp(double t) {
                                  1.0,
                                  1.0};
   // t is not negative: truncation is floor
-  const int64_t n = static_cast<int64_t>(t * 1.4426950408889634 + 0.5);
+  const int64_t n = static_cast<int64_t>(rounded_sum(rounded_product(t, 1.4426950408889634), 0.5));
   const double whole = static_cast<double>(n);
-  double r = t - whole * 6.93147180369123816490e-01;
-  r = r - whole * 1.90821492927058770002e-10;
+  double r = rounded_sum(t, -rounded_product(whole, 6.93147180369123816490e-01));
+  r = rounded_sum(r, -rounded_product(whole, 1.90821492927058770002e-10));
   double p = kFactors[0];
-  for (int k = 1; k < 14; ++k) {
-    p = p * r;
-    p = p + kFactors[k];
-  }
+  for (int k = 1; k < 14; ++k) p = rounded_sum(rounded_product(p, r), kFactors[k]);
   const int64_t bits = (n + 1023) << 52;
   double power;
   __builtin_memcpy(&power, &bits, sizeof power);
-  return p * power;
+  return rounded_product(p, power);
 }
 
 // Class c of 0 to size - 1 with probability log((c + 2) / (c + 1)) / log(size + 1).
 HOST_DEVICE inline int64_t log_uniform(double u, int64_t size, double log_size) {
-  const int64_t c = static_cast<int64_t>(exact_exp(u * log_size)) - 1;
+  const int64_t c = static_cast<int64_t>(exact_exp(rounded_product(u, log_size))) - 1;
   return c < 0 ? 0 : c < size ? c : size - 1;
 }
 

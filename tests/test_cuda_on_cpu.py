@@ -94,6 +94,14 @@ def test_orders_differ_by_seed_and_launch_and_repeat(probe):
     assert len(warps) > 10
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_look_back_sums_blocks_that_know_only_their_own_count(probe, seed):
+    message, out = probe("look back", seed)
+    assert not message
+    blocks = torch.arange(128.0)
+    assert torch.equal(out, blocks * (blocks + 1) / 2)
+
+
 def test_shared_memory_starts_as_nan_and_huge(probe):
     message, out = probe("unwritten shared", size=2)
     assert not message
@@ -196,7 +204,7 @@ def test_one_element_out_of_bounds_ends_a_sanitized_process():
 def test_lane_under_sanitizers(op):
     """The op's tests of this lane again, where a wrong address ends the process."""
     need("asan", "t4r_fast_emulated")
-    options = ["-q", "--capture=sys", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow"]
+    options = ["--capture=sys", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow"]
     done = sanitized(
         [sys.executable, "-m", "pytest", *options, "-k", "cuda-on-cpu", f"tests/test_{op}.py"],
         T4R_FAST_CUDA_ON_CPU=str(build.library("asan")),

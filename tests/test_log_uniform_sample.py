@@ -1,16 +1,20 @@
 """log_uniform_sample: its distribution, its log-probabilities, and the same ids everywhere."""
 
 import math
+import shutil
+import subprocess
 
 import pytest
 import torch
-from harness import LargestTensor, lanes, run_on
+from harness import ROOT, LargestTensor, lanes, run_on
 
 from t4r_fast import backend
 from t4r_fast.ops.log_uniform_sample import log_uniform_log_prob, log_uniform_sample
+from t4r_fast.reference import log_uniform_sample as reference
 from t4r_fast.reference._draws import exact_exp
 
 LANES = lanes("log_uniform_sample")
+NATIVE = [lane for lane in LANES if lane in ("cpu", "cuda-on-cpu")]
 SEED = torch.tensor([0x0123456789ABCDEF, (5 << 32) + 77])
 EXTREME = torch.tensor([-1, -1])  # all bits set
 SIZES = [1, 2, 3, 7, 1000, 118_335, 2**31 - 1, 2**31 + 11, 2**40]
@@ -74,7 +78,11 @@ def test_same_ids_as_the_reference(lane, n, size, seed):
 
 
 @pytest.mark.parametrize("lane", LANES)
-@pytest.mark.parametrize(("n", "size"), [(0, 5), (1, 1), (7, 7), (100, 130), (1000, 10**6)])
+@pytest.mark.parametrize(
+    ("n", "size"),
+    # around the 2,048 draws of a round on a GPU; many rounds
+    [(0, 5), (1, 1), (7, 7), (33, 10**5), (100, 130), (300, 300), (1000, 10**6), (2500, 118_335)],
+)
 def test_unique_ids_are_the_first_different_ones(lane, n, size):
     with run_on(lane, "log_uniform_sample") as device:
         ids, log_prob, tries = log_uniform_sample(n, size, unique=True, seed=SEED.to(device))
@@ -89,6 +97,44 @@ def test_unique_ids_are_the_first_different_ones(lane, n, size):
     torch.testing.assert_close(log_prob.cpu().double(), truth, rtol=1e-5, atol=1e-9)
     again = log_uniform_log_prob(ids, size, tries=tries)
     torch.testing.assert_close(again, log_prob, rtol=2e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("seed", [SEED, EXTREME], ids=["seed", "extreme"])
+def test_same_unique_ids_as_the_reference(lane, seed):
+    for n, size in [(1, 2**40), (31, 40), (32, 1000), (1023, 2**31), (1025, 1100), (5120, 118_335)]:
+        with backend.use("reference"):
+            truth = log_uniform_sample(n, size + 3, low=3, unique=True, seed=seed)
+        with run_on(lane, "log_uniform_sample") as device:
+            for _ in range(2):  # every launch on the emulated GPU has an order of its own
+                ours = log_uniform_sample(n, size + 3, low=3, unique=True, seed=seed.to(device))
+                assert torch.equal(ours.ids.cpu(), truth.ids)
+                assert torch.equal(ours.tries.cpu(), truth.tries)
+        torch.testing.assert_close(ours.log_prob.cpu(), truth.log_prob, rtol=2e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("lane", [lane for lane in NATIVE if lane != "cpu"])
+@pytest.mark.parametrize("unique", [False, True])
+def test_one_launch_is_all(lane, unique):
+    with run_on(lane, "log_uniform_sample"), LargestTensor() as seen:
+        log_uniform_sample(100, 10**6, unique=unique, seed=SEED)
+    assert seen.calls == {"log_uniform_sample_fwd"}
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the path")
+def test_device_code_of_the_draws_fuses_nothing(tmp_path):
+    source = tmp_path / "draw.cu"
+    source.write_text(
+        f'#include "{ROOT}/csrc/draws.h"\n'
+        "__global__ void draw(double u, long size, double log_size, long* out) {\n"
+        "  *out = t4r_fast::log_uniform(u, size, log_size);\n}\n"
+    )
+    command = ["nvcc", "-O3", "-arch=compute_80", "-ptx", str(source), "-o", "/dev/stdout"]
+    made = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert made.count("mul.rn.f64") >= 17
+    assert made.count("add.rn.f64") >= 16
+    for fusible in ("fma", "mul.f64", "add.f64", "sub.f64"):
+        assert fusible not in made
 
 
 def test_unique_reference_over_several_rounds():
@@ -148,17 +194,20 @@ def test_threads_do_not_change_the_ids():
     assert torch.equal(found[0].log_prob, found[1].log_prob)
 
 
+@pytest.mark.parametrize("lane", NATIVE)
 @pytest.mark.parametrize("unique", [False, True])
-def test_compiles_and_passes_opcheck(unique):
+def test_compiles_and_passes_opcheck(lane, unique):
     def draw(seed):
         return log_uniform_sample(9, 1000, low=1, unique=unique, seed=seed)
 
-    eager = draw(SEED)
-    compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")(SEED)
-    assert all(torch.equal(a, b) for a, b in zip(eager, compiled))
-    torch.library.opcheck(
-        torch.ops.t4r_fast.log_uniform_sample_fwd, (SEED, 9, 999, 1, math.log(1000), unique)
-    )
+    with run_on(lane, "log_uniform_sample"):
+        eager = draw(SEED)
+        compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")(SEED)
+        assert all(torch.equal(a, b) for a, b in zip(eager, compiled))
+        torch.library.opcheck(
+            backend.ops(backend.forced(), reference).log_uniform_sample_fwd,
+            (SEED, 9, 999, 1, math.log(1000), unique),
+        )
 
 
 ERRORS = {

@@ -3,12 +3,14 @@
 import pytest
 import torch
 from harness import LargestTensor, lanes, run_on
-from test_mask_mlm import same, sessions, some_sessions
+from test_mask_mlm import boundary_sessions, same, sessions, some_sessions
 
+from t4r_fast import backend
 from t4r_fast.ops.mask_causal import MODES, mask_causal
 from t4r_fast.reference import mask_causal as reference
 
 LANES = lanes("mask_causal")
+NATIVE = [lane for lane in LANES if lane in ("cpu", "cuda-on-cpu")]
 CASES = [(mode, False) for mode in MODES] + [("train_last", True), ("last", True)]
 
 
@@ -64,6 +66,43 @@ def test_many_sessions_views_and_another_padding(lane, mode, hide_history):
 
 
 @pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize(("mode", "hide_history"), CASES)
+def test_same_bits_as_the_reference(lane, mode, hide_history):
+    for ids in boundary_sessions():
+        with backend.use("reference"):
+            expected = mask_causal(ids, mode=mode, hide_history=hide_history)
+        with run_on(lane, "mask_causal") as device:
+            found = mask_causal(ids.to(device), mode=mode, hide_history=hide_history)
+        same(found, expected)
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_same_bits_in_every_order_of_blocks_and_warps(lane):
+    ids, first = some_sessions(300, 7), None
+    for _ in range(8):  # every launch on the emulated GPU has an order of its own
+        with run_on(lane, "mask_causal") as device:
+            found = mask_causal(ids.to(device))
+        first = first or [t.cpu() for t in found]
+        same(found, first)
+
+
+@pytest.mark.parametrize("lane", [lane for lane in NATIVE if lane != "cpu"])
+def test_one_launch_is_all_and_stops_at_items_behind_padding(lane):
+    ids = sessions([9] * 70, 9)
+    with run_on(lane, "mask_causal"), LargestTensor() as seen:
+        mask_causal(ids)
+    assert seen.calls == {"mask_causal_fwd"}
+    ids[69, 7] = 0
+    with (
+        run_on(lane, "mask_causal"),
+        pytest.raises(
+            RuntimeError, match=r"^mask_causal: item_ids must have its padding on the right only$"
+        ),
+    ):
+        mask_causal(ids)
+
+
+@pytest.mark.parametrize("lane", LANES)
 def test_an_example(lane):
     ids = torch.tensor([[11, 12, 13, 0], [14, 0, 0, 0]])
     with run_on(lane, "mask_causal") as device:
@@ -89,11 +128,12 @@ def test_reference_never_waits_for_the_host(mode):
     assert not seen.calls & {"_local_scalar_dense", "nonzero", "masked_select"}
 
 
+@pytest.mark.parametrize("lane", NATIVE)
 @pytest.mark.parametrize("mode", range(3))
-def test_opcheck(mode):
-    with run_on("cpu", "mask_causal"):
+def test_opcheck(lane, mode):
+    with run_on(lane, "mask_causal"):
         args = (sessions([3, 0, 5], 5), mode, 0, False)
-        torch.library.opcheck(torch.ops.t4r_fast.mask_causal_fwd, args)
+        torch.library.opcheck(backend.ops(backend.forced(), reference).mask_causal_fwd, args)
 
 
 @pytest.mark.parametrize("lane", LANES)
@@ -109,9 +149,11 @@ def test_compiles_to_one_graph(lane, mode):
         assert all(torch.equal(a, b) for a, b in zip(step(ids), compiled, strict=True))
 
 
-def test_native_kernel_guards_its_arguments():
-    with run_on("cpu", "mask_causal"):
-        op, ids = torch.ops.t4r_fast.mask_causal_fwd, sessions([3], 5)
+@pytest.mark.parametrize("lane", NATIVE)
+def test_native_kernel_guards_its_arguments(lane):
+    with run_on(lane, "mask_causal"):
+        op = backend.ops(backend.forced(), reference).mask_causal_fwd
+        ids = sessions([3], 5)
         for args, message in [
             ((ids[0], 0, 0, False), r"item_ids must have shape \(B, L\); got 1 dim"),
             ((ids.int(), 0, 0, False), "item_ids must be int64"),

@@ -10,6 +10,7 @@ from t4r_fast.reference import mask_mlm as reference
 from t4r_fast.reference._philox import philox
 
 LANES = lanes("mask_mlm")
+NATIVE = [lane for lane in LANES if lane in ("cpu", "cuda-on-cpu")]
 MODES = ["train", "last", "shifted", "next"]
 SEED = torch.tensor([2**62 + 12345, -(2**40) - 6])
 
@@ -23,6 +24,28 @@ def sessions(lengths, positions, padding_idx=0):
 def some_sessions(count, positions):
     g = torch.Generator().manual_seed(count * 100 + positions)
     return sessions(torch.randint(0, positions + 1, (count,), generator=g).tolist(), positions)
+
+
+# B * L around a warp, a block and the 32 tiles of 32 sessions that are looked at together
+SHAPES = [
+    (1, 1),
+    (31, 1),
+    (1, 31),
+    (32, 1),
+    (1, 32),
+    (33, 1),
+    (3, 11),
+    (1023, 1),
+    (33, 31),
+    (32, 32),
+]
+SHAPES += [(41, 25), (5, 205), (256, 20), (3500, 20)]
+
+
+def boundary_sessions():
+    yield from (some_sessions(*shape) for shape in SHAPES)
+    yield sessions([0] * 70, 6)
+    yield sessions([6] * 70, 6)
 
 
 def philox_in_python(key, counter):
@@ -114,6 +137,28 @@ def test_rules(lane, mode, shape):
         options = {k: v.to(device) for k, v in options.items()}
         found = mask_mlm(ids.to(device), mode=mode, **options)
     same(found, rules_in_python(ids, mode))
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("mode", MODES)
+def test_same_bits_as_the_reference(lane, mode):
+    for ids in boundary_sessions():
+        options = {"seed": SEED} if mode == "train" else {}
+        with backend.use("reference"):
+            expected = mask_mlm(ids, mode=mode, **options)
+        with run_on(lane, "mask_mlm") as device:
+            options = {k: v.to(device) for k, v in options.items()}
+            same(mask_mlm(ids.to(device), mode=mode, **options), expected)
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_same_bits_in_every_order_of_blocks_and_warps(lane):
+    ids, first = some_sessions(300, 7), None
+    for _ in range(8):  # every launch on the emulated GPU has an order of its own
+        with run_on(lane, "mask_mlm") as device:
+            found = mask_mlm(ids.to(device), seed=SEED.to(device))
+        first = first or [t.cpu() for t in found]
+        same(found, first)
 
 
 @pytest.mark.parametrize("lane", LANES)
@@ -210,11 +255,35 @@ def test_reference_never_waits_for_the_host(mode):
     assert not seen.calls & {"_local_scalar_dense", "nonzero", "masked_select", "multinomial"}
 
 
+@pytest.mark.parametrize("lane", [lane for lane in NATIVE if lane != "cpu"])
+def test_one_launch_is_all(lane):
+    ids = some_sessions(70, 9)
+    with run_on(lane, "mask_mlm"), LargestTensor() as seen:
+        mask_mlm(ids, seed=SEED)
+    assert seen.calls == {"mask_mlm_fwd"}
+
+
+@pytest.mark.parametrize("lane", [lane for lane in NATIVE if lane != "cpu"])
+def test_the_kernel_stops_at_items_behind_padding(lane):
+    for row, position in [(0, 1), (33, 4), (69, 8)]:
+        ids = sessions([9] * 70, 9)
+        ids[row, position - 1] = 0
+        with (
+            run_on(lane, "mask_mlm"),
+            pytest.raises(
+                RuntimeError, match=r"^mask_mlm: item_ids must have its padding on the right only$"
+            ),
+        ):
+            mask_mlm(ids, seed=SEED)
+
+
+@pytest.mark.parametrize("lane", NATIVE)
 @pytest.mark.parametrize("mode", range(4))
-def test_opcheck(mode):
-    with run_on("cpu", "mask_mlm"):
+def test_opcheck(lane, mode):
+    with run_on(lane, "mask_mlm"):
         args = (sessions([3, 0, 5], 5), SEED if mode == 0 else None, 2**30, mode, 0)
-        torch.library.opcheck(torch.ops.t4r_fast.mask_mlm_fwd, args)
+        op = backend.ops(backend.forced(), reference).mask_mlm_fwd
+        torch.library.opcheck(op, args)
 
 
 @pytest.mark.parametrize("lane", LANES)
@@ -231,9 +300,11 @@ def test_compiles_to_one_graph(lane, mode):
         assert all(torch.equal(a, b) for a, b in zip(step(ids), compiled, strict=True))
 
 
-def test_native_kernel_guards_its_arguments():
-    with run_on("cpu", "mask_mlm"):
-        op, ids = torch.ops.t4r_fast.mask_mlm_fwd, sessions([3], 5)
+@pytest.mark.parametrize("lane", NATIVE)
+def test_native_kernel_guards_its_arguments(lane):
+    with run_on(lane, "mask_mlm"):
+        op = backend.ops(backend.forced(), reference).mask_mlm_fwd
+        ids = sessions([3], 5)
         for args, message in [
             ((ids[0], SEED, 1, 0, 0), r"item_ids must have shape \(B, L\); got 1 dim"),
             ((ids.int(), SEED, 1, 0, 0), "item_ids must be int64"),

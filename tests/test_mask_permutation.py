@@ -7,12 +7,14 @@ import random
 import pytest
 import torch
 from harness import LargestTensor, lanes, run_on
-from test_mask_mlm import philox_in_python, sessions, some_sessions
+from test_mask_mlm import boundary_sessions, philox_in_python, sessions, some_sessions
 
 from t4r_fast import backend
 from t4r_fast.ops.mask_permutation import mask_permutation
+from t4r_fast.reference import mask_permutation as reference
 
 LANES = lanes("mask_permutation")
+NATIVE = [lane for lane in LANES if lane in ("cpu", "cuda-on-cpu")]
 SEED = torch.tensor([2**62 + 12345, -(2**40) - 6])
 
 
@@ -91,6 +93,60 @@ def test_follows_the_rules(lane, mode, shape):
         seed = SEED.to(device) if mode == "train" else None
         found = mask_permutation(item_ids.to(device), mode=mode, seed=seed)
     same(found, rules_in_python(item_ids, mode))
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("mode", ["train", "last", "next"])
+def test_same_bits_as_the_reference(lane, mode):
+    for ids in boundary_sessions():
+        options = {"seed": SEED} if mode == "train" else {}
+        with backend.use("reference"):
+            expected = mask_permutation(ids, mode=mode, **options)
+        with run_on(lane, "mask_permutation") as device:
+            options = {k: v.to(device) for k, v in options.items()}
+            same(mask_permutation(ids.to(device), mode=mode, **options), expected)
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_same_bits_in_every_order_of_blocks_and_warps(lane):
+    ids, first = some_sessions(100, 7), None
+    for _ in range(8):  # every launch on the emulated GPU has an order of its own
+        with run_on(lane, "mask_permutation") as device:
+            found = mask_permutation(ids.to(device), seed=SEED.to(device))
+        first = first or [t.cpu() for t in found]
+        same(found, first)
+
+
+@pytest.mark.parametrize("lane", [lane for lane in NATIVE if lane != "cpu"])
+def test_one_launch_is_all_and_stops_at_items_behind_padding(lane):
+    ids = sessions([9] * 70, 9)
+    with run_on(lane, "mask_permutation"), LargestTensor() as seen:
+        mask_permutation(ids, seed=SEED)
+    assert seen.calls == {"mask_permutation_fwd", "expand"}
+    ids[69, 7] = 0
+    with (
+        run_on(lane, "mask_permutation"),
+        pytest.raises(
+            RuntimeError,
+            match=r"^mask_permutation: item_ids must have its padding on the right only$",
+        ),
+    ):
+        mask_permutation(ids, seed=SEED)
+
+
+@pytest.mark.parametrize("lane", [lane for lane in NATIVE if lane != "cpu"])
+def test_the_longest_span_of_the_kernel(lane):
+    ids, options = some_sessions(9, 300), {"probability": 0.9, "seed": SEED}
+    with backend.use("reference"):
+        expected = mask_permutation(ids, max_span_length=256, **options)
+    with run_on(lane, "mask_permutation"):
+        same(mask_permutation(ids, max_span_length=256, **options), expected)
+        with pytest.raises(
+            RuntimeError,
+            match=r"^mask_permutation: max_span_length must be at most 256 on backend 'cuda'; "
+            "got 257: use backend 'reference'",
+        ):
+            mask_permutation(ids, max_span_length=257, **options)
 
 
 @pytest.mark.parametrize("lane", LANES)
@@ -240,27 +296,22 @@ def test_no_host_sync(name):
     assert seen.calls.isdisjoint({"nonzero", "masked_select", "multinomial", "unique"})
 
 
+@pytest.mark.parametrize("lane", NATIVE)
 @pytest.mark.parametrize("mode", ["train", "last", "next"])
-def test_compiles_and_passes_opcheck(mode):
+def test_compiles_and_passes_opcheck(lane, mode):
     item_ids = some_sessions(9, 11)
     seed = SEED if mode == "train" else None
 
     def draw(ids):
         return mask_permutation(ids, mode=mode, seed=seed)
 
-    compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")(item_ids)
-    same(compiled, draw(item_ids))
-    torch.library.opcheck(
-        torch.ops.t4r_fast.mask_permutation_fwd,
-        (item_ids, seed, [6, 12, 18], False, ["train", "last", "next"].index(mode), 0),
-    )
-
-
-def test_backends_agree_at_the_size_of_the_tutorial():
-    item_ids = some_sessions(256, 20)
-    with backend.use("reference"):
-        expected = mask_permutation(item_ids, seed=SEED)
-    same(mask_permutation(item_ids, seed=SEED), expected)
+    with run_on(lane, "mask_permutation"):
+        compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")(item_ids)
+        same(compiled, draw(item_ids))
+        torch.library.opcheck(
+            backend.ops(backend.forced(), reference).mask_permutation_fwd,
+            (item_ids, seed, [6, 12, 18], False, ["train", "last", "next"].index(mode), 0),
+        )
 
 
 IDS = torch.tensor([[3, 4, 0], [5, 0, 0]])

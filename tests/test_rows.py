@@ -17,10 +17,6 @@ ROWS_WITHOUT = {
     },
     "csrc/cuda": {
         "item_topk": TRITON,
-        "log_uniform_sample": LATER,
-        "mask_causal": LATER,
-        "mask_mlm": LATER,
-        "mask_permutation": LATER,
         "ranking_metrics": "a few elementwise operations on (N, len(ks)): nothing to gain",
         "sampled_softmax_loss": TRITON,
         "target_rank": TRITON,

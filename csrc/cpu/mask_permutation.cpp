@@ -65,7 +65,7 @@ void train(bool* mask, uint64_t* order, int64_t n, int64_t positions, uint32_t s
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mask_permutation_fwd_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mask_permutation_fwd_cpu(
     const Tensor& item_ids, const std::optional<Tensor>& seed, std::vector<int64_t> contexts,
     bool permute_all, int64_t mode, int64_t padding_idx) {
   const Sessions sessions(kOp, item_ids, padding_idx);
@@ -81,6 +81,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mask_permutation_fwd_cpu(
   MaskOutputs out(item_ids, sessions.count, positions);
   Tensor perm_mask =
       torch::stable::new_empty(item_ids, {sessions.count, positions, positions}, ScalarType::Float);
+  Tensor identity = torch::stable::new_empty(item_ids, {positions, positions}, ScalarType::Float);
+  float* diagonal = identity.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < positions * positions; ++i) diagonal[i] = i % (positions + 1) == 0;
   int64_t* targets = out.targets.mutable_data_ptr<int64_t>();
   bool* masks = out.mask.mutable_data_ptr<bool>();
   float* hidden = perm_mask.mutable_data_ptr<float>();
@@ -116,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mask_permutation_fwd_cpu(
   sessions.check_padding(kOp);
   auto [rows_targets, rows_mask, rows, count] =
       out.list_rows([masks](int64_t i) { return masks[i]; });
-  return {rows_targets, rows_mask, rows, count, perm_mask};
+  return {rows_targets, rows_mask, rows, count, perm_mask, identity};
 }
 
 }  // namespace

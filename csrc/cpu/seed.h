@@ -13,9 +13,7 @@ inline Seed read_seed(const char* op, const torch::stable::Tensor& seed) {
   CHECK_INT64(op, seed);
   CHECK(seed.size(0) == 2, op, ": seed must have shape (2,); got (", seed.size(0), ",)");
   const int64_t* data = seed.const_data_ptr<int64_t>();
-  const uint64_t offset = static_cast<uint64_t>(data[seed.stride(0)]);
-  return {static_cast<uint64_t>(data[0]), static_cast<uint32_t>(offset >> 32) << 3,
-          static_cast<uint32_t>(offset)};
+  return Seed::of(data[0], data[seed.stride(0)]);
 }
 
 }  // namespace t4r_fast

@@ -38,7 +38,8 @@ def mask_causal(
     returns       SequenceMask(targets (B, L), mask (B, L), rows (B * L,), count ())
 
     Sessions of fewer than two items have no target. Raises ValueError or TypeError on shapes,
-    dtypes, options, or padding that is not on the right.
+    dtypes, options, or padding that is not on the right; on a GPU nobody waits for the answer, and
+    the kernel stops with a message.
     Replaces transformers4rec.torch.masking.CausalLanguageModeling; the zero vector that it puts
     into the last column in training is left to the caller.
     """

@@ -45,7 +45,7 @@ def mask_mlm(
     In all modes but "next" an empty session has no mask and no target. The random numbers are
     Philox4x32-10 of (row, position) compared as integers: every backend gives the same bits for a
     seed. Raises ValueError or TypeError on shapes, dtypes, options, or padding that is not on the
-    right.
+    right; on a GPU nobody waits for the answer, and the kernel stops with a message.
     Replaces transformers4rec.torch.masking.MaskedLanguageModeling.
     """
     check_mode("mask_mlm", mode, MODES)

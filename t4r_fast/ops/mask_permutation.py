@@ -63,7 +63,7 @@ def mask_permutation(
 
     item_ids         (B, L) int64, padding on the right
     probability      float, > 0 to 1, about the share of items that is predicted; "train" only
-    max_span_length  int, >= 1; "train" only
+    max_span_length  int, >= 1, at most 256 on backend "cuda"; "train" only
     permute_all      predict all items but one instead of spans; "train" only
     mode             str, one of these
     padding_idx      int, the id of padding
@@ -75,7 +75,8 @@ def mask_permutation(
     are Philox4x32-10 compared as integers: every backend gives the same bits for a seed. Differs
     from the reference where that is wrong: there inference predicts the last item that is known
     once more, and permute_all leaves target_mapping all zero. Raises ValueError or TypeError on
-    shapes, dtypes, options, or padding that is not on the right.
+    shapes, dtypes, options, or padding that is not on the right; on a GPU nobody waits for the
+    answer, and the kernel stops with a message.
     Source: Yang et al., "XLNet", arXiv 1906.08237. Replaces
     transformers4rec.torch.masking.PermutationLanguageModeling.
     """
@@ -99,14 +100,13 @@ def mask_permutation(
         for span in range(1, max_span_length + 1)
     ]
     name = backend.pick("mask_permutation", item_ids)
-    found = checked(
+    *found, identity = checked(
         name,
         lambda: check_padding("mask_permutation", item_ids, padding_idx),
         backend.ops(name, reference).mask_permutation_fwd,
         *(item_ids, seed, contexts, permute_all, MODES.index(mode), padding_idx),
     )
     sessions, positions = found[0].shape
-    identity = torch.eye(positions, device=item_ids.device)
     return PermutationMask(*found, identity.expand(sessions, positions, positions))
 
 
@@ -117,7 +117,7 @@ def _fake(
     permute_all: bool,
     mode: int,
     padding_idx: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     sessions, positions = item_ids.shape
     if mode == reference.NEXT:
         positions = positions + 1
@@ -127,12 +127,13 @@ def _fake(
         item_ids.new_empty((sessions * positions,)),
         item_ids.new_empty(()),
         item_ids.new_empty((sessions, positions, positions), dtype=torch.float32),
+        item_ids.new_empty((positions, positions), dtype=torch.float32),
     )
 
 
 backend.declare(
     "mask_permutation",
     "mask_permutation_fwd(Tensor item_ids, Tensor? seed, int[] contexts, bool permute_all, "
-    "int mode, int padding_idx) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "int mode, int padding_idx) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
 )

@@ -68,14 +68,15 @@ def mask_permutation_fwd(
     permute_all: bool,
     mode: int,
     padding_idx: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """targets, mask, rows, count and perm_mask."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """targets, mask, rows, count, perm_mask and the identity matrix."""
     n = lengths(item_ids, padding_idx)
+    identity = torch.eye(item_ids.shape[1] + (mode == NEXT), device=item_ids.device)
     if mode == TRAIN and seed is not None:
         mask, order = _train(item_ids, seed, contexts, permute_all, padding_idx)
         hidden = mask[:, None, :] & (order[:, :, None] <= order[:, None, :])
         targets = torch.where(mask, item_ids, padding_idx)
-        return targets, mask, *row_list(mask), hidden.float()
+        return targets, mask, *row_list(mask), hidden.float(), identity
     column = torch.arange(item_ids.shape[1] + (mode == NEXT), device=item_ids.device)
     mask = column == (n if mode == NEXT else n - 1)
     if mode == NEXT:
@@ -83,4 +84,4 @@ def mask_permutation_fwd(
     else:
         targets = torch.where(mask, item_ids, padding_idx)
     hidden = (column > column[:, None]) | mask[:, None, :]
-    return targets, mask, *row_list(mask), hidden.float()
+    return targets, mask, *row_list(mask), hidden.float(), identity

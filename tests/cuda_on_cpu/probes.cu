@@ -2,6 +2,7 @@
 #include <map>
 #include <string>
 
+#include "../../csrc/cuda/look_back.cuh"
 #include "cuda_on_cpu.h"
 
 namespace {
@@ -97,6 +98,30 @@ __global__ void order_kernel(Data d) {
   d.out[1 + atomicAdd(next, 1)] = static_cast<float>(blockIdx.x * kBlock + threadIdx.x);
 }
 
+// Block b looks back over b blocks that have left a count each, of i + 1 for block i; block
+// b / 2 knows the count up to its end. The engine runs blocks one after another, so no op
+// meets blocks that do not.
+__global__ void look_back_kernel(Data d) {
+  auto& words = shared<unsigned long long[kBlock]>([] {});
+  const int block = static_cast<int>(blockIdx.x);
+  for (int i = threadIdx.x; i < kBlock; i += 32) {
+    const int64_t own = i + 1, up_to_end = own * (own + 1) / 2;
+    const bool knows = i == 0 || i == block / 2;
+    words[i] = 0;
+    if (i < block) {
+      t4r_fast::leave(&words[i], knows ? up_to_end : own,
+                      knows ? t4r_fast::kUpToEnd : t4r_fast::kOwn);
+    }
+  }
+  __syncwarp();
+  const int64_t before = t4r_fast::look_back(words, blockIdx.x, 1000);
+  __syncwarp();
+  const bool left =
+      words[block] ==
+      static_cast<unsigned long long>(before + 1000) * t4r_fast::kBlockStates + t4r_fast::kUpToEnd;
+  if (threadIdx.x == 0) d.out[block] = static_cast<float>(left ? before : -1);
+}
+
 __global__ void unwritten_shared_kernel(Data d) {
   auto& floats = shared<float[4]>([] {});
   auto& integers = shared<int[4]>([] {});
@@ -188,6 +213,7 @@ const std::map<std::string, Probe> kProbes = {
     {"atomics", {atomics_kernel, 7, kBlock}},
     {"lost update", {lost_update_kernel, 1, kBlock}},
     {"order", {order_kernel, 3, kBlock}},
+    {"look back", {look_back_kernel, kBlock, 32}},
     {"unwritten shared", {unwritten_shared_kernel, 1, 1}},
     {"dynamic", {dynamic_kernel, 1, kBlock, kDynamic}},
     {"divergent places", {divergent_places_kernel, 1, kBlock}},
