@@ -209,6 +209,19 @@ def test_memory_anywhere(op, dtype, place, shape):
     assert same(found, expected)
 
 
+def with_gaps(t):
+    """Every second element of memory, so that no two lie side by side."""
+    return torch.empty(*t.shape, 2, dtype=t.dtype)[..., 0].copy_(t)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("op", [op for op in CASES if op != "tied_table_step"])
+def test_elements_that_do_not_lie_side_by_side(op, dtype):
+    """tied_table_step refuses such a table and state: it changes them in place."""
+    found, expected = (call(op, place, DTYPES[dtype]) for place in (with_gaps, torch.clone))
+    assert same(found, expected)
+
+
 @pytest.mark.parametrize("op", MASKS)
 def test_sessions_past_2_to_the_31(op, tmp_path):
     """Session 1 begins 2**31 + 2 items after session 0, in a file of holes."""

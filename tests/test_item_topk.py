@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 from harness import LargestTensor, check, lanes, run_on
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from t4r_fast import backend
 from t4r_fast.ops.item_topk import MAX_K, item_topk
@@ -146,6 +148,49 @@ def test_views_and_no_rows(lane):
         same(item_topk(hidden.T.contiguous().T[:, ::2], items[:, ::2], 5), expected)
         scores, ids = item_topk(hidden[:0], items, 5)
     assert scores.shape == ids.shape == (0, 5)
+
+
+@pytest.mark.parametrize("lane", LANES)
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    n=st.sampled_from([0, 1, 4, 5, 16, 17, 24, 25, 48, 49, 97]),
+    v=st.sampled_from([1, 2, 63, 64, 65, 95, 96, 97, 129, 193]),
+    d=st.sampled_from([1, 3, 8, 15, 16, 17, 31, 32, 33, 64, 65, 129]),
+    k=st.sampled_from([1, 2, 7, 8, 9, 20, 64, 65, 128]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    bias=st.booleans(),
+    seen=st.sampled_from([None, 0, 1, 40]),
+    listed=st.booleans(),
+    turned=st.booleans(),
+    size=st.sampled_from([1.0, 128.0]),  # scores of some 1e4
+)
+def test_any_shape(lane, n, v, d, k, dtype, bias, seen, listed, turned, size):
+    hidden, items = whole(n, v, d)
+    hidden, items = hidden * size, items * size
+    scores = hidden @ items.T
+    vector = (torch.arange(v) % 5 - 2.0) * size if bias else None
+    if bias:
+        scores = scores + vector
+    exclude = None
+    if seen is not None:
+        g = torch.Generator().manual_seed(n + v)
+        exclude = torch.randint(-3, v, (n, seen), generator=g)
+    best, ids = naive(scores, k, exclude, padding_idx=0)
+    rows = torch.tensor([-1, n - 1, 0, 0, -7]) if listed and n else None
+    if rows is not None:
+        skipped = (rows < 0)[:, None]
+        best, ids = best[rows.clamp(min=0)], ids[rows.clamp(min=0)]
+        best, ids = best.where(~skipped, -math.inf), ids.where(~skipped, -1)
+    with run_on(lane, "item_topk") as device:
+        given = [t.to(device, dtype) for t in (hidden, items)]
+        if turned:
+            given = [t.T.contiguous().T for t in given]
+        options = {"rows": rows, "bias": None if vector is None else vector.to(dtype)}
+        options = {
+            o: t.to(device) for o, t in {**options, "exclude": exclude}.items() if t is not None
+        }
+        found = item_topk(*given, k, padding_idx=0, **options)
+    same(found, (best, ids))
 
 
 def test_memory_is_one_chunk(monkeypatch):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from harness import LargestTensor, lanes, run_on
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_mask_mlm import boundary_sessions, same, sessions, some_sessions
 
 from t4r_fast import backend
@@ -53,6 +55,26 @@ def test_rules(lane, mode, hide_history, shape):
     with run_on(lane, "mask_causal") as device:
         found = mask_causal(ids.to(device), mode=mode, hide_history=hide_history)
     same(found, rules_in_python(ids, mode, hide_history))
+
+
+@pytest.mark.parametrize("lane", LANES)
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(0, 21), max_size=9),
+    spare=st.integers(0, 5),
+    padding_idx=st.sampled_from([0, 7, -1]),
+    turned=st.booleans(),
+    case=st.sampled_from(CASES),
+)
+def test_any_sessions(lane, lengths, spare, padding_idx, turned, case):
+    """Also no session, no position, and sessions of nothing but padding."""
+    positions = max([*lengths, 0]) + spare
+    ids = sessions(lengths, positions).reshape(len(lengths), positions)
+    ids = torch.where(ids == 0, padding_idx, ids + 10)
+    with run_on(lane, "mask_causal") as device:
+        given = (ids.T.contiguous().T if turned else ids).to(device)
+        found = mask_causal(given, mode=case[0], hide_history=case[1], padding_idx=padding_idx)
+    same(found, rules_in_python(ids, *case, padding_idx))
 
 
 @pytest.mark.parametrize("lane", LANES)

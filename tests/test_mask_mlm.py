@@ -3,6 +3,8 @@
 import pytest
 import torch
 from harness import LargestTensor, lanes, run_on
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from t4r_fast import backend
 from t4r_fast.ops.mask_mlm import mask_mlm
@@ -174,6 +176,30 @@ def test_probabilities_and_seeds(lane, probability):
             assert torch.equal(found.mask.sum(1).cpu(), (n > 1).long())
         if probability == 1.0:
             assert torch.equal(found.mask.sum(1).cpu(), (n - 1).clamp(min=0))
+
+
+@pytest.mark.parametrize("lane", LANES)
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(0, 21), max_size=9),
+    spare=st.integers(0, 5),
+    padding_idx=st.sampled_from([0, 7, -1]),
+    turned=st.booleans(),
+    mode=st.sampled_from(MODES),
+    probability=st.sampled_from([0.0, 0.15, 0.5, 1.0]),
+)
+def test_any_sessions(lane, lengths, spare, padding_idx, turned, mode, probability):
+    """Also no session, no position, and sessions of nothing but padding."""
+    positions = max([*lengths, 0]) + spare
+    ids = sessions(lengths, positions).reshape(len(lengths), positions)
+    ids = torch.where(ids == 0, padding_idx, ids + 10)
+    with run_on(lane, "mask_mlm") as device:
+        given = (ids.T.contiguous().T if turned else ids).to(device)
+        options = {"mode": mode, "padding_idx": padding_idx}
+        if mode == "train":
+            options |= {"seed": SEED.to(device), "probability": probability}
+        found = mask_mlm(given, **options)
+    same(found, rules_in_python(ids, mode, probability, padding_idx))
 
 
 @pytest.mark.parametrize("lane", LANES)

@@ -7,6 +7,8 @@ import random
 import pytest
 import torch
 from harness import LargestTensor, lanes, run_on
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_mask_mlm import boundary_sessions, philox_in_python, sessions, some_sessions
 
 from t4r_fast import backend
@@ -171,6 +173,33 @@ def test_options(lane, probability, longest, everything):
     counts = found.mask.sum(1).cpu()
     assert torch.equal(counts == 0, n <= 1)  # at least one, never all
     assert (counts < n)[n > 0].all()
+
+
+@pytest.mark.parametrize("lane", LANES)
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(0, 21), max_size=9),
+    spare=st.integers(0, 5),
+    padding_idx=st.sampled_from([0, 7, -1]),
+    turned=st.booleans(),
+    mode=st.sampled_from(["train", "last", "next"]),
+    probability=st.sampled_from([1 / 6, 0.5, 1.0]),
+    longest=st.integers(1, 6),
+    everything=st.booleans(),
+)
+def test_any_sessions(
+    lane, lengths, spare, padding_idx, turned, mode, probability, longest, everything
+):
+    """Also no session, no position, and sessions of nothing but padding."""
+    positions = max([*lengths, 0]) + spare
+    ids = sessions(lengths, positions).reshape(len(lengths), positions)
+    ids = torch.where(ids == 0, padding_idx, ids + 10)
+    options = {"probability": probability, "max_span_length": longest, "permute_all": everything}
+    with run_on(lane, "mask_permutation") as device:
+        given = (ids.T.contiguous().T if turned else ids).to(device)
+        seed = {"seed": SEED.to(device)} if mode == "train" else {}
+        found = mask_permutation(given, mode=mode, padding_idx=padding_idx, **options, **seed)
+    same(found, rules_in_python(ids, mode, probability, longest, everything, padding_idx))
 
 
 @pytest.mark.parametrize("lane", LANES)

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 from harness import LargestTensor, lanes, run_on
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from t4r_fast import backend
 from t4r_fast.ops.item_topk import item_topk
@@ -130,6 +132,44 @@ def test_views(lane):
             torch.stack([target] * 2, 1).to(device)[:, 0],
         )
     same(found, expected)
+
+
+@pytest.mark.parametrize("lane", LANES)
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    n=st.sampled_from([0, 1, 4, 5, 16, 17, 24, 25, 48, 49, 97]),
+    v=st.sampled_from([1, 2, 63, 64, 65, 95, 96, 97, 129, 193]),
+    d=st.sampled_from([1, 3, 8, 15, 16, 17, 31, 32, 33, 64, 65, 129]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    bias=st.booleans(),
+    ignored=st.sampled_from([None, "some", "all"]),
+    listed=st.booleans(),
+    turned=st.booleans(),
+    size=st.sampled_from([1.0, 128.0]),  # scores of some 1e4
+)
+def test_any_shape(lane, n, v, d, dtype, bias, ignored, listed, turned, size):
+    hidden, items, target = whole(n, v, d)
+    hidden, items = hidden * size, items * size
+    scores = hidden @ items.T
+    vector = (torch.arange(v) % 5 - 2.0) * size if bias else None
+    if bias:
+        scores = scores + vector
+    if ignored:
+        target[:: 3 if ignored == "some" else 1] = -100
+    above, before, after = naive(scores, target)
+    rows = torch.tensor([-1, n - 1, 0, 0, -7]) if listed and n else None
+    if rows is not None:
+        skipped = rows < 0
+        above = above[rows.clamp(min=0)].where(~skipped, -1)
+        before, after = (t[rows.clamp(min=0)].where(~skipped, 0) for t in (before, after))
+    with run_on(lane, "target_rank") as device:
+        given = [t.to(device, dtype) for t in (hidden, items)]
+        if turned:
+            given = [t.T.contiguous().T for t in given]
+        options = {"rows": rows, "bias": None if vector is None else vector.to(dtype)}
+        options = {k: t.to(device) for k, t in options.items() if t is not None}
+        found = target_rank(*given, target.to(device), **options)
+    same(found, (above, before, after))
 
 
 @pytest.mark.parametrize("lane", LANES)
