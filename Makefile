@@ -13,7 +13,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
 C_FILES := '*.cpp' '*.h' '*.cu' '*.cuh'
 
-.PHONY: setup build test test-fast cuda-on-cpu sanitize lint check fmt demo doctor bench bench-table bench-micro bench-t4rec clean
+.PHONY: setup build test test-fast cuda-on-cpu sanitize lint check fmt demo doctor bench bench-table bench-micro \
+        bench-t4rec gpu gpu-budget roofline clean
 
 setup: $(VENV)/.installed
 
@@ -78,6 +79,19 @@ bench-micro: setup
 # Against the real Transformers4Rec, whose environment it makes unless T4R_PEER_PYTHON names one.
 bench-t4rec: setup
 	$(BIN)/python benchmarks/against_t4rec.py $(ARGS)
+
+# Every GPU kernel compiled for every architecture; fails on spills and on numbers worse than the kept
+# ones, ARGS=--update keeps the new ones. Needs nvcc, no GPU.
+gpu-budget: setup
+	$(BIN)/python -W ignore benchmarks/gpu_budget.py $(ARGS)
+
+# Predicted times on GPUs that nobody has measured.
+roofline: setup
+	$(BIN)/python benchmarks/roofline.py $(ARGS)
+
+# On a machine with a GPU: build, test, time; results go to benchmarks/results. Nine minutes.
+gpu: setup
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info t4r_fast/*.so

@@ -1,0 +1,328 @@
+"""What every GPU kernel costs on every architecture, compiled ahead of time; needs no GPU.
+
+    make gpu-budget                    compile, compare with results/gpu-budget.json, show
+    make gpu-budget ARGS="--update"    take the new numbers over
+
+Fails on a spill, on a kernel that lost its tensor cores, and on numbers worse than the kept ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import sass  # noqa: E402
+
+KEPT = ROOT / "benchmarks/results/gpu-budget.json"
+DOCUMENT = ROOT / "docs/gpu.md"
+BEGIN, END = "<!-- gpu-budget begins -->", "<!-- gpu-budget ends -->"
+
+
+class Architecture(NamedTuple):
+    """Limits of one SM. Source: CUDA C++ Programming Guide, table of compute capabilities."""
+
+    name: str
+    shared: int  # bytes
+    warps: int
+    blocks: int
+
+
+ARCHITECTURES = {
+    80: Architecture("sm_80", 164 * 1024, 64, 32),
+    86: Architecture("sm_86", 100 * 1024, 48, 16),
+    90: Architecture("sm_90a", 228 * 1024, 64, 32),
+    100: Architecture("sm_100", 228 * 1024, 64, 32),
+    120: Architecture("sm_120", 100 * 1024, 48, 24),
+}
+REGISTERS = 65536  # per SM; given to warps in pieces of 256
+SYSTEM_SHARED = 1024  # bytes per block that the system takes, from sm_80 on
+
+
+def blocks_per_sm(arch: int, registers: int, shared: int, warps: int) -> int:
+    """How many blocks an SM holds at once."""
+    limits = ARCHITECTURES[arch]
+    per_warp = -(-registers * 32 // 256) * 256
+    by_registers = REGISTERS // (per_warp * warps) if per_warp else limits.blocks
+    by_shared = limits.shared // (shared + SYSTEM_SHARED)
+    return min(by_registers, by_shared, limits.warps // warps, limits.blocks)
+
+
+def row(
+    op: str, backend: str, arch: int, kernel: sass.Kernel, shared: int, warps: int
+) -> dict[str, Any]:
+    blocks = blocks_per_sm(arch, kernel.registers, kernel.shared + shared, warps)
+    return {
+        "op": op,
+        "backend": backend,
+        "kernel": kernel.name,
+        "arch": ARCHITECTURES[arch].name,
+        "warps": warps,
+        "registers": kernel.registers,
+        "stack": kernel.stack,
+        "spills": kernel.spills,
+        "shared": kernel.shared + shared,
+        "blocks_per_sm": blocks,
+        "occupancy": round(blocks * warps / ARCHITECTURES[arch].warps, 3),
+        "tensor_core": kernel.tensor_core(),
+        "loop": dict(sorted(kernel.mix().items())),
+    }
+
+
+# -- Triton ------------------------------------------------------------------------------------
+
+
+def triton_ops() -> list[str]:
+    folder = ROOT / "kernels/triton"
+    return sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
+
+
+def compile_variant(op: str, arch: int, index: int) -> dict[str, Any]:
+    """The row of one Triton variant; in a process of its own, where triton is not interpreted."""
+    from t4r_fast.kernels._tuning import compile_ahead
+
+    variant = list(importlib.import_module(f"t4r_fast.kernels.{op}").variants(arch))[index]
+    compiled = compile_ahead(variant, arch)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        (kernel,) = sass.read(path)
+    # metadata.shared counts the static part as well
+    dynamic = max(compiled.metadata.shared - kernel.shared, 0)
+    found = row(op, "triton", arch, kernel, dynamic, compiled.metadata.num_warps)
+    return {
+        **found,
+        "variant": variant.label,
+        "blocks": dict(variant.config.blocks),
+        "stages": variant.config.num_stages,
+    }
+
+
+def triton_tasks(ops: list[str], archs: list[int]) -> Iterator[tuple[str, int, int]]:
+    for op in ops:
+        module = importlib.import_module(f"t4r_fast.kernels.{op}")
+        for arch in archs:
+            for index, _ in enumerate(module.variants(arch)):
+                yield op, arch, index
+
+
+# -- CUDA --------------------------------------------------------------------------------------
+
+
+def cuda_ops() -> list[str]:
+    return sorted(p.stem for p in (ROOT / "csrc/cuda").glob("*.cu"))
+
+
+def compile_cuda(op: str, arch: int) -> list[dict[str, Any]]:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        raise FileNotFoundError("nvcc is not on the path; it comes with the CUDA toolkit")
+    import torch
+
+    include = Path(torch.__file__).parent / "include"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{op}.cubin"
+        command = [
+            *(nvcc, "-std=c++20", "-O3", "-cubin", f"-arch={ARCHITECTURES[arch].name}"),
+            *("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"),
+            *(f"-I{include}", "-lineinfo", str(ROOT / f"csrc/cuda/{op}.cu"), "-o", str(path)),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}:\n{done.stderr}")
+        kernels = sass.read(path)
+        bounds = launch_bounds(path)
+    rows = []
+    for kernel in kernels:
+        warps = -(-bounds[kernel.name] // 32)
+        shown = kernel._replace(name=readable(kernel.name))
+        rows.append({**row(op, "cuda", arch, shown, 0, warps), "variant": "", "blocks": {}})
+    return rows
+
+
+def launch_bounds(cubin: Path) -> dict[str, int]:
+    """Threads per block by __launch_bounds__, which every kernel of ours states."""
+    text = subprocess.run(
+        [sass.cuobjdump(), "-elf", str(cubin)], capture_output=True, text=True
+    ).stdout
+    found = {}
+    for name, body in re.findall(
+        r"\.nv\.info\.(\S+)\n(.*?)(?=\n\.nv\.info\.|\n\.\w|\Z)", text, re.S
+    ):
+        match = re.search(r"EIATTR_MAX_THREADS\s+Format:\s+\S+\s+Value:\s+(0x[0-9a-f]+)", body)
+        if match:
+            found[name] = int(match[1], 16)
+    return found
+
+
+def readable(mangled: str) -> str:
+    """`void t4r_fast::(anonymous namespace)::gather<float>(...)` as gather<float>."""
+    filt = shutil.which("cu++filt") or shutil.which("c++filt")
+    if filt is None:
+        return mangled
+    shown = subprocess.run([filt, mangled], capture_output=True, text=True).stdout.strip()
+    shown = re.sub(r"\(anonymous namespace\)::|<unnamed>::|t4r_fast::|^void ", "", shown)
+    depth, end = 0, len(shown)
+    for i, letter in enumerate(shown):
+        depth += (letter == "<") - (letter == ">")
+        if letter == "(" and depth == 0:
+            end = i
+            break
+    return shown[:end]
+
+
+# -- the table ---------------------------------------------------------------------------------
+
+KEY = ("op", "backend", "kernel", "variant", "arch")
+# A newer compiler may allocate a little differently without anybody's fault.
+REGISTERS_ALLOWED, SHARED_ALLOWED = 8, 1024
+
+
+def key(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(row[name] for name in KEY)
+
+
+def measure(ops: list[str], archs: list[int], jobs: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
+        tasks = [
+            pool.submit(compile_variant, *task)
+            for task in triton_tasks([op for op in triton_ops() if not ops or op in ops], archs)
+        ]
+        cuda = [op for op in cuda_ops() if not ops or op in ops]
+        tasks += [pool.submit(compile_cuda, op, arch) for op in cuda for arch in archs]
+        for done in tasks:
+            found = done.result()
+            rows += found if isinstance(found, list) else [found]
+    return sorted(rows, key=key)
+
+
+def faults(rows: list[dict[str, Any]], kept: list[dict[str, Any]]) -> list[str]:
+    """What is wrong with rows, alone and against the kept ones, in words."""
+    before = {key(row): row for row in kept}
+    found = []
+    for row in rows:
+        name = " ".join(filter(None, key(row)))
+        if row["spills"] or row["stack"]:
+            found.append(f"{name}: {row['spills']} spills, {row['stack']} bytes of stack")
+        old = before.pop(key(row), None)
+        if old is None:
+            found.append(f"{name}: is new; take it over with --update")
+            continue
+        if old["tensor_core"] and not row["tensor_core"]:
+            found.append(f"{name}: no tensor cores, {old['tensor_core']} before")
+        for field, allowed in (("registers", REGISTERS_ALLOWED), ("shared", SHARED_ALLOWED)):
+            if row[field] > old[field] + allowed:
+                found.append(f"{name}: {field} {row[field]}, {old[field]} before")
+        if row["occupancy"] < old["occupancy"]:
+            found.append(f"{name}: occupancy {row['occupancy']}, {old['occupancy']} before")
+    found += [
+        f"{' '.join(filter(None, name))}: is gone; take that over with --update" for name in before
+    ]
+    return found
+
+
+def versions() -> dict[str, str]:
+    nvcc = shutil.which("nvcc")
+    shown = (
+        subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout if nvcc else ""
+    )
+    release = re.search(r"V([\d.]+)", shown)
+    import triton
+
+    return {"triton": triton.__version__, "nvcc": release[1] if release else "none"}
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """One line per kernel, one column per architecture: the range over its variants."""
+    archs = [a.name for a in ARCHITECTURES.values() if any(r["arch"] == a.name for r in rows)]
+    lines = ["| kernel | variants | " + " | ".join(archs) + " |", "|---" * (len(archs) + 2) + "|"]
+    names = sorted({(row["backend"], row["op"], row["kernel"].partition("<")[0]) for row in rows})
+    for backend, op, kernel in names:
+        cells, count = [], 0
+        for arch in archs:
+            own = [
+                row
+                for row in rows
+                if (row["backend"], row["op"], row["arch"]) == (backend, op, arch)
+                and row["kernel"].partition("<")[0] == kernel
+            ]
+            count = max(count, len(own))
+            cells.append(cell(own) if own else "")
+        lines.append(f"| `{kernel.strip('_')}` ({backend}) | {count} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cell(rows: list[dict[str, Any]]) -> str:
+    def span(values: list[Any]) -> str:
+        low, high = min(values), max(values)
+        return f"{low}" if low == high else f"{low}-{high}"
+
+    units = sorted({row["tensor_core"].partition(".")[0] for row in rows} - {""})
+    shared = span([row["shared"] // 1024 for row in rows])
+    return ", ".join(
+        [
+            f"{span([row['registers'] for row in rows])} r",
+            f"{shared} K",
+            f"{span([round(100 * row['occupancy']) for row in rows])} %",
+            *units,
+        ]
+    )
+
+
+def write_document(text: str) -> None:
+    before, _, rest = DOCUMENT.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    DOCUMENT.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("ops", nargs="*", help="only these ops; nothing is written then")
+    parser.add_argument("--arch", type=int, action="append", choices=sorted(ARCHITECTURES))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--update", action="store_true", help="keep the new numbers")
+    parser.add_argument("--verbose", action="store_true", help="print a line per variant")
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET"):
+        parser.error("TRITON_INTERPRET must not be set: interpreted kernels cannot be compiled")
+    archs = options.arch or sorted(ARCHITECTURES)
+    rows = measure(options.ops, archs, options.jobs)
+    kept = json.loads(KEPT.read_text())["rows"] if KEPT.exists() else []
+    whole = not options.ops and not options.arch
+    if not whole:
+        names = {ARCHITECTURES[arch].name for arch in archs}
+        kept = [
+            r for r in kept if r["arch"] in names and (not options.ops or r["op"] in options.ops)
+        ]
+    if options.verbose:
+        for r in rows:
+            print(*(f"{k}={v}" for k, v in r.items()), sep="  ")
+    found = faults(rows, rows if options.update else kept)
+    print(*found, sep="\n")
+    print(f"{len(rows)} kernels compiled, {len(found)} faults")
+    if found:
+        return 1
+    if options.update and whole:
+        lines = ",\n".join(json.dumps(r, sort_keys=True) for r in rows)
+        KEPT.write_text(f'{{"versions": {json.dumps(versions())}, "rows": [\n{lines}\n]}}\n')
+    if whole and DOCUMENT.exists():
+        write_document(markdown(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
