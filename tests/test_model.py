@@ -398,6 +398,7 @@ def test_body_compiles_to_one_graph():
         (lambda s: tr.NextItemPredictionTask(softmax_temperature=0), ValueError, "must be > 0"),
         (lambda s: tr.NextItemPredictionTask(sampled=True), TypeError, "sampled"),
         (lambda s: tr.NextItemPredictionTask(sampler="uniform"), ValueError, "needs sampled_softm"),
+        (lambda s: tr.NextItemPredictionTask(sparse=True), ValueError, "sparse=True needs sampled"),
         (
             lambda s: tr.NextItemPredictionTask(sampled_softmax=True, sampler="alias"),
             ValueError,

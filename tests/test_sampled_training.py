@@ -9,7 +9,9 @@ import tutorial_cells as cells
 from harness import LargestTensor
 from transformers import TrainerCallback
 
+import t4r_fast.torch as tr
 from t4r_fast.config.trainer import T4RecTrainingArguments
+from t4r_fast.errors import InputError
 from t4r_fast.etl import pipeline
 from t4r_fast.generate import generate_events
 from t4r_fast.ops._table import recorder_of
@@ -22,7 +24,7 @@ from t4r_fast.tutorial.saved_model import compat_level
 ITEMS = 60_000
 
 
-def make_trainer(folder, model, schema, path, callbacks=(), **options):
+def make_trainer(folder, model, schema, path, callbacks=(), model_name="gru", **options):
     arguments = T4RecTrainingArguments(
         output_dir=str(folder),
         max_sequence_length=cells.LENGTH,
@@ -35,7 +37,7 @@ def make_trainer(folder, model, schema, path, callbacks=(), **options):
     return Trainer(
         model=model,
         args=arguments,
-        schema=schema.select_by_name(feature_columns("gru", schema)),
+        schema=schema.select_by_name(feature_columns(model_name, schema)),
         train_dataset_or_path=str(path),
         callbacks=list(callbacks),
         compute_metrics=True,
@@ -116,3 +118,69 @@ def test_sampled_training_learns(tmp_path):
     popular = metrics_from_ranks(counts.popularity_ranks(last))
     for name in ("recall_at_10", "ndcg_at_20"):
         assert found[f"eval_/next-item/{name}"] > 2 * popular[name]
+
+
+ITEM_ROWS = 500
+
+
+def small_model(level="23.12", tied=True, sparse=False):
+    schema = cells.schema(ITEM_ROWS, 11, 13)
+    torch.manual_seed(0)
+    with compat_level(level):
+        model = build("xlnet_mlm_side", schema, item_dim=192, n_layer=1)
+        body = model.heads[0].body
+        options = {"sampled_softmax": True, "max_n_samples": 30, "sampler": "log_uniform"}
+        task = tr.NextItemPredictionTask(weight_tying=tied, sparse=sparse, **options)
+        torch.manual_seed(1)
+        return tr.Model(tr.Head(body, task)), schema
+
+
+@pytest.mark.parametrize(("level", "tied"), [("23.12", True), ("0.1", True), ("0.1", False)])
+def test_sparse_gradients_are_those_of_dense_ones(level, tied):
+    """By torch.optim.SparseAdam, without t4r_fast.optim; other tables keep dense gradients."""
+    found = {}
+    for sparse in (True, False):
+        model, schema = small_model(level, tied, sparse)
+        torch.manual_seed(2)
+        model(cells.batch(schema, 3), training=True)["loss"].backward()
+        found[sparse] = {name: p.grad for name, p in model.named_parameters()}
+        named = dict(model.named_parameters())
+        if sparse:
+            scores = model.prediction_tasks[0].pre.module
+            scored = [scores.items] + [scores.output_layer_bias] * (level == "0.1")
+            before = [parameter.clone() for parameter in scored]
+            torch.optim.SparseAdam(scored, lr=0.1).step()
+            for parameter, old in zip(scored, before):
+                assert 3 < (parameter != old).reshape(len(old), -1).any(1).sum() < 100
+    is_sparse = {name for name, grad in found[True].items() if grad is not None and grad.is_sparse}
+    expected = {n for n, p in named.items() if p.shape[0] == ITEM_ROWS and ("bias" in n or tied)}
+    if not tied:
+        expected |= {n for n in named if n.endswith(".output_layer")}
+    assert is_sparse == expected
+    assert len(expected) == 1 + (level == "0.1")
+    for name, grad in found[False].items():
+        if grad is None:
+            assert found[True][name] is None
+        else:
+            assert not grad.is_sparse
+            other = found[True][name]
+            torch.testing.assert_close(other.to_dense() if name in is_sparse else other, grad)
+
+
+def test_sparse_gradients_in_the_trainer(tmp_path):
+    """Its usual optimizers do not take them; table_optimizer needs none."""
+    model, schema = small_model(sparse=True)
+    columns = schema.select_by_name(feature_columns("xlnet_mlm_side", schema))
+    batch = cells.batch(columns, 8)
+    table = {name: pa.array(value.tolist()) for name, value in batch.items()}
+    pq.write_table(pa.table(table), tmp_path / "train.parquet")
+    for rule, message in ((None, r"prediction.*sparse=True gives sparse gradients"), ("sgd", None)):
+        trainer = make_trainer(
+            tmp_path / "out", model, schema, tmp_path / "train.parquet", table_optimizer=rule,
+            max_steps=2, model_name="xlnet_mlm_side",
+        )  # fmt: skip
+        if message is None:
+            assert trainer.train().global_step == 2
+        else:
+            with pytest.raises(InputError, match=message):
+                trainer.train()

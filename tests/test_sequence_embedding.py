@@ -227,6 +227,14 @@ def test_any_shape(lane, sessions, positions, widths, numbers, mask, zero_paddin
     check(lane, sequence_embedding, naive, inputs, options, torch.float64, diff)
 
 
+def test_sparse_gradients_for_some_tables():
+    ids = torch.tensor([[3, 1, 3]])
+    tables = [torch.ones(5, 2, requires_grad=True) for _ in range(2)]
+    sequence_embedding([ids, ids], tables, sparse=[True, False]).sum().backward()
+    assert [table.grad.is_sparse for table in tables] == [True, False]
+    assert torch.equal(tables[0].grad.to_dense(), tables[1].grad)
+
+
 def test_an_optimizer_may_step_before_backward():
     table = torch.randn(5, 2, requires_grad=True)
     out = sequence_embedding([torch.tensor([[1, 3]])], [table])
@@ -320,6 +328,7 @@ def test_compiles_to_one_graph():
 I, W, X = torch.zeros(2, 3).long(), torch.zeros(5, 4), torch.zeros(2, 3)  # noqa: E741
 M, V = torch.zeros(2, 3).bool(), torch.zeros(4)
 ERRORS = {
+    "sparse": (([I], [W]), {"sparse": [True] * 2}, ValueError, "one per column, 1; got 2"),
     "none": (([], []), {}, ValueError, "equally many, at least one; got 0 and 0"),
     "count": (([I], [W, W]), {}, ValueError, "got 1 and 2"),
     "shape": (([I, I[:1]], [W, W]), {}, ValueError, r"columns\[1\] .*\(2, 3\); got \(1, 3\)"),

@@ -34,7 +34,7 @@ def sequence_embedding(
     mask_vector: Tensor | None = None,
     zero_padding: bool = False,
     padding_idx: int = 0,
-    sparse: bool = False,
+    sparse: bool | Sequence[bool] = False,
 ) -> Tensor:
     """Look up, join and mask the columns of padded sequences.
 
@@ -51,9 +51,9 @@ def sequence_embedding(
     zero_padding  positions whose first id column is padding_idx become 0; the mask wins
     padding_idx   the id of padding in all columns; as in torch.nn.Embedding its row of a table is
                   looked up but gets no gradient from here
-    sparse        gradients of tables are sparse tensors of the rows that occur, as in
-                  torch.nn.Embedding: for leaf tensors, and not for torch.compile. A dense one is
-                  V x D zeros and the same rows
+    sparse        for all tables or for each column: the gradient is a sparse tensor of the rows
+                  that occur, as in torch.nn.Embedding: for leaf tensors, and not for
+                  torch.compile. A dense one is V x D zeros and the same rows
     returns       (B, L, W) in the dtype of the tables
 
     Differentiable once in tables, continuous columns and mask_vector. Table gradients are sums in
@@ -73,7 +73,13 @@ def sequence_embedding(
             "sequence_embedding: zero_padding needs an id column to find padding; got none"
         )
     managed = [table is not None and recorder_of(table) is not None for table in tables]
-    sparse_for = tuple(sparse or m for m in managed)
+    asked = [sparse] * len(columns) if isinstance(sparse, bool) else list(sparse)
+    if len(asked) != len(columns):
+        raise ValueError(
+            f"sequence_embedding: sparse must be one bool or one per column, {len(columns)}; got"
+            f" {len(asked)}"
+        )
+    sparse_for = tuple(s or m for s, m in zip(asked, managed))
     options = _Options(aggregation == "sum", zero_padding, padding_idx, sparse_for)
     if not any(managed):
         return _look_up(options, mask, mask_vector, columns, tables)

@@ -229,6 +229,8 @@ class Trainer(Checkpoints, transformers.Trainer):
         """The optimizer of the arguments; with table_optimizer that of t4r_fast.optim."""
         args, model = self.args, self.model if model is None else model
         if args.table_optimizer is None or self.optimizer is not None:
+            if self.optimizer is None:
+                _check_dense(model)
             return super().create_optimizer(model)
         decay = set(self.get_decay_parameter_names(model))
         self.optimizer = for_model(
@@ -469,6 +471,18 @@ def _parts(batch: Any) -> tuple[dict[str, torch.Tensor], Any]:
         "Trainer: a batch must be a dict of tensors or (dict of tensors, targets); the data loader"
         f" gave {type(batch).__name__}"
     )
+
+
+def _check_dense(model: nn.Module) -> None:
+    """Refuse sparse gradients: the optimizers of transformers and its clipping take none."""
+    modules = model.named_modules()
+    found = [name for name, module in modules if getattr(module, "sparse", None) is True]
+    if found:
+        raise InputError(
+            f"Trainer: {', '.join(found)}: sparse=True gives sparse gradients, which the optimizers"
+            " of transformers do not take; set T4RecTrainingArguments(table_optimizer='adamw'),"
+            " which needs no sparse=True, or train in your own loop with torch.optim.SparseAdam"
+        )
 
 
 def _rows(batch: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import nn
@@ -27,7 +28,8 @@ class TabularSequenceFeatures(BlockBase):
     columns and ids of the user, (B,), are repeated over L.
 
     Features are joined in the order of their names (the order of a checkpoint's projection).
-    Lookup, join and, without a projection, the [MASK] vector are one op: sequence_embedding.
+    Lookup, join and, without a projection, the [MASK] vector are one op: sequence_embedding. Tables
+    whose torch.nn.Embedding has sparse=True get sparse gradients from it.
     The block keeps the batch's item ids (`item_seq`) and its masking's state for the head.
     Replaces transformers4rec.torch.TabularSequenceFeatures.
     """
@@ -227,13 +229,13 @@ class TabularSequenceFeatures(BlockBase):
 
     def _columns(
         self, inputs: dict[str, torch.Tensor]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    ) -> tuple[list[torch.Tensor], list[nn.Embedding | None]]:
         """The columns in the order of their names, with the table of each id column."""
-        named: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        named: dict[str, tuple[torch.Tensor, nn.Embedding | None]] = {}
         categorical, numbers = self.categorical_module, self.continuous_module
         if categorical is not None:
             for name, table in categorical.embedding_tables.items():
-                named[name] = (_column(inputs, name), table.weight)
+                named[name] = (_column(inputs, name), table)
         if isinstance(numbers, ContinuousFeatures):
             for name in numbers.features:
                 named[name] = (_column(inputs, name).to(torch.float32), None)
@@ -248,22 +250,23 @@ class TabularSequenceFeatures(BlockBase):
         self, inputs: dict[str, torch.Tensor], training: bool = False, testing: bool = False
     ) -> torch.Tensor:
         columns, tables = self._columns(inputs)
+        joined = partial(
+            sequence_embedding,
+            columns,
+            [None if table is None else table.weight for table in tables],
+            aggregation=self.aggregation,
+            sparse=[table is not None and table.sparse for table in tables],
+        )
         if self._masking is None:
-            x = sequence_embedding(columns, tables, aggregation=self.aggregation)
+            x = joined()
             return x if self.projection_module is None else self.projection_module(x)
         masking, item_ids = self._masking, _column(inputs, self.item_id)
         self.categorical_module.item_seq = item_ids
         masking.compute_masked_targets(item_ids, training=training, testing=testing)
         # Where the join itself is masked and nothing is appended, the op writes [MASK] in its pass.
         if self.projection_module is None and training:
-            return sequence_embedding(
-                columns,
-                tables,
-                aggregation=self.aggregation,
-                mask=masking.replaced,
-                mask_vector=masking.masked_item_embedding,
-            )
-        x = sequence_embedding(columns, tables, aggregation=self.aggregation)
+            return joined(mask=masking.replaced, mask_vector=masking.masked_item_embedding)
+        x = joined()
         if self.projection_module is not None:
             x = self.projection_module(x)
         return masking.apply_mask_to_inputs(x, training=training, testing=testing)

@@ -68,6 +68,11 @@ class NextItemPredictionTask(nn.Module):
                          ids must be sorted by popularity, as `t4r-fast etl` gives them), "uniform",
                          or "t4rec", the reference's, which never draws rare items. None: "t4rec",
                          with a warning
+    sparse               with sampled_softmax: the gradients of what the sampled scores are made of,
+                         the item table (its lookup too, by `sparse` of its torch.nn.Embedding) or
+                         the output layer, and the bias, are sparse tensors of the rows that took
+                         part, for torch.optim.SparseAdam. Dense ones are V x D. An optimizer of
+                         t4r_fast.optim forms neither and needs no `sparse`
     hf_format            accepted from 0.1.x: the output is a dict in any case
 
     Training and evaluation return loss, labels and predictions. labels (M,) int64 holds one entry
@@ -92,6 +97,7 @@ class NextItemPredictionTask(nn.Module):
         sampled_softmax: bool = False,
         max_n_samples: int = 100,
         sampler: str | None = None,
+        sparse: bool = False,
     ) -> None:
         super().__init__()
         if not softmax_temperature > 0:
@@ -102,6 +108,13 @@ class NextItemPredictionTask(nn.Module):
         self.loss = nn.CrossEntropyLoss() if loss is None else loss
         self.sampler = _checked_sampler(sampled_softmax, max_n_samples, sampler, self.loss)
         self.max_n_samples = max_n_samples
+        if sparse and not sampled_softmax:
+            raise ValueError(
+                "NextItemPredictionTask: sparse=True needs sampled_softmax=True: a softmax over all"
+                " items gives each of them a gradient. To train without forming it:"
+                " T4RecTrainingArguments(table_optimizer='adamw'), or t4r_fast.optim.for_model"
+            )
+        self.sparse = sparse
         self.metrics = nn.ModuleList(_default_metrics() if metrics is None else metrics)
         self._task_block = task_block
         self.task_block: nn.Module | None = None
@@ -161,6 +174,8 @@ class NextItemPredictionTask(nn.Module):
                 f" rows, {table.num_embeddings}; got {rows}"
             )
         tied = table if self.weight_tying else None
+        if tied is not None and self.sparse:
+            tied.sparse = True  # of the two gradients of the table neither may be dense
         self.pre = _Scorer(_ItemScores(tied, rows, width, bias=old))
 
     # -- the pass --------------------------------------------------------------------------------
@@ -229,7 +244,7 @@ class NextItemPredictionTask(nn.Module):
             ignore_index=self.padding_idx,
             reduction=self.loss.reduction,
             low=0 if self.sampler == "t4rec" else self.padding_idx + 1,
-            sparse=False,
+            sparse=self.sparse,
         )
 
     def _loss(self, logits: LazyLogits, rows: torch.Tensor | None) -> torch.Tensor:
