@@ -1,7 +1,7 @@
 """What every GPU kernel costs on every architecture, compiled ahead of time; needs no GPU.
 
-    make gpu-budget                    compile, compare with results/gpu-budget.json, show
-    make gpu-budget ARGS="--update"    take the new numbers over
+    make gpu-budget                                compile all, compare with gpu-budget.json
+    make gpu-budget ARGS="--update target_rank"    take the new numbers of an op over
 
 Fails on a spill, on a kernel that lost its tensor cores, and on numbers worse than the kept ones.
 """
@@ -291,7 +291,7 @@ def write_document(text: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("ops", nargs="*", help="only these ops; nothing is written then")
+    parser.add_argument("ops", nargs="*", help="only these ops")
     parser.add_argument("--arch", type=int, action="append", choices=sorted(ARCHITECTURES))
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--update", action="store_true", help="keep the new numbers")
@@ -301,25 +301,22 @@ def main() -> int:
         parser.error("TRITON_INTERPRET must not be set: interpreted kernels cannot be compiled")
     archs = options.arch or sorted(ARCHITECTURES)
     rows = measure(options.ops, archs, options.jobs)
+    names = {ARCHITECTURES[arch].name for arch in archs}
     kept = json.loads(KEPT.read_text())["rows"] if KEPT.exists() else []
-    whole = not options.ops and not options.arch
-    if not whole:
-        names = {ARCHITECTURES[arch].name for arch in archs}
-        kept = [
-            r for r in kept if r["arch"] in names and (not options.ops or r["op"] in options.ops)
-        ]
+    chosen = [r for r in kept if r["arch"] in names and r["op"] in (options.ops or [r["op"]])]
+    others = [r for r in kept if r not in chosen]
     if options.verbose:
         for r in rows:
             print(*(f"{k}={v}" for k, v in r.items()), sep="  ")
-    found = faults(rows, rows if options.update else kept)
+    found = faults(rows, rows if options.update else chosen)
     print(*found, sep="\n")
     print(f"{len(rows)} kernels compiled, {len(found)} faults")
     if found:
         return 1
-    if options.update and whole:
+    if options.update:
+        rows = sorted([*others, *rows], key=key)
         lines = ",\n".join(json.dumps(r, sort_keys=True) for r in rows)
         KEPT.write_text(f'{{"versions": {json.dumps(versions())}, "rows": [\n{lines}\n]}}\n')
-    if whole and DOCUMENT.exists():
         write_document(markdown(rows))
     return 0
 
