@@ -120,19 +120,27 @@ class ColumnSchema:
         max_value: float | None = None,
         value_count: ValueCount | None = None,
         tags: Iterable[str | Tags] | None = None,
+        is_embedding: bool = False,
+        shape: tuple[int, ...] | None = None,
     ) -> ColumnSchema:
-        """A number column, float unless `is_float` is False."""
+        """A number column, float unless `is_float` is False.
+
+        is_embedding  the column holds vectors, of the width that `shape` ends in
+        """
         tags = list(tags or ())
-        if Tags.CONTINUOUS not in {_tag(t) for t in tags}:
-            tags.append(Tags.CONTINUOUS)
+        kind = Tags.EMBEDDING if is_embedding else Tags.CONTINUOUS
+        if kind not in {_tag(t) for t in tags}:
+            tags.append(kind)
+        properties = {"shape": tuple(shape)} if shape else {}
         low = -math.inf if min_value is None else min_value
         high = math.inf if max_value is None else max_value
         if is_float:
-            return cls(name, "FLOAT", tags, None, FloatDomain(name, low, high), value_count)
+            domain = FloatDomain(name, low, high)
+            return cls(name, "FLOAT", tags, None, domain, value_count, properties)
         domain = None
         if min_value is not None or max_value is not None:
             domain = IntDomain(name, int(min_value or 0), int(max_value or 0), False)
-        return cls(name, "INT", tags, domain, None, value_count)
+        return cls(name, "INT", tags, domain, None, value_count, properties)
 
     @property
     def is_list(self) -> bool:
@@ -449,6 +457,10 @@ def _column_from_message(message: dict, origin: str) -> ColumnSchema:
         )
     if (m := _one(message, "value_count")) is not None:
         column.value_count = ValueCount(int(_one(m, "min", 0)), int(_one(m, "max", 0)))
+    if (m := _one(message, "shape")) is not None:
+        sizes = [int(_one(d, "size", 0)) for d in m.get("dim", [])]
+        if all(sizes):
+            column.properties["shape"] = tuple(sizes)
     if (m := _one(message, "annotation")) is not None:
         column.tags = [_tag(t) for t in m.get("tag", [])]
         if "id" in column.tags:  # merlin-core writes the tag item_id as two, item and id
@@ -473,6 +485,8 @@ def _column_to_text(c: ColumnSchema) -> str:
     if c.value_count is not None:
         lines += ["  value_count {", f"    min: {c.value_count.min}"]
         lines += [f"    max: {c.value_count.max}", "  }"]
+    if shape := c.properties.get("shape"):
+        lines += ["  shape {", *(f"    dim {{ size: {n} }}" for n in shape), "  }"]
     lines.append(f"  type: {c.type}")
     if (d := c.int_domain) is not None:
         lines += ["  int_domain {", f"    name: {_quoted(d.name)}", f"    min: {d.min}"]

@@ -146,13 +146,13 @@ def test_continuous_projection_and_sum():
         schema, continuous_projection=[16, 64], aggregation="element-wise-sum", masking="mlm"
     )
     batch = cells.batch(schema, 3)
-    numbers = inputs.continuous_module(batch)
+    numbers = inputs.continuous_module(batch)["continuous_projection"]
     tables = inputs.categorical_module.embedding_tables
     want = numbers + sum(tables[n].weight[batch[n]] for n in tables)
     inputs._masking = None
     torch.testing.assert_close(inputs(batch), want)
     assert "to_merge.continuous_module.1.0.0.weight" in inputs.state_dict()
-    with pytest.raises(ValueError, match="element-wise-sum needs features of one width"):
+    with pytest.raises(ValueError, match="ElementwiseSum: features must have one width"):
         tr.TabularSequenceFeatures.from_schema(
             schema, aggregation="element-wise-sum", masking="mlm"
         )
@@ -160,7 +160,7 @@ def test_continuous_projection_and_sum():
 
 def test_user_columns_are_repeated_over_the_session():
     schema = cells.schema(**SMALL)
-    inputs = tr.TabularSequenceFeatures.from_schema(schema)
+    inputs = tr.TabularSequenceFeatures.from_schema(schema, aggregation="concat")
     batch = cells.batch(schema, 3)
     brand = "brand-list_seq"
     batch[brand] = torch.tensor([3, 4, 5])

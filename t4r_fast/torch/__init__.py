@@ -3,11 +3,31 @@
 import t4r_fast.torch as tr
 """
 
+from t4r_fast.config.schema import requires_schema
 from t4r_fast.config.trainer import T4RecTrainingArguments
-from t4r_fast.config.transformer import XLNetConfig
+from t4r_fast.config.transformer import (
+    AlbertConfig,
+    BertConfig,
+    ElectraConfig,
+    GPT2Config,
+    LongformerConfig,
+    ReformerConfig,
+    RobertaConfig,
+    T4RecConfig,
+    TransfoXLConfig,
+    XLNetConfig,
+    transformer_registry,
+)
 from t4r_fast.schema import Schema, Tags
 from t4r_fast.torch import ranking_metric
-from t4r_fast.torch.block.base import Block, BlockBase, BuildableBlock, SequentialBlock
+from t4r_fast.torch.block.base import (
+    Block,
+    BlockBase,
+    BuildableBlock,
+    SequentialBlock,
+    build_blocks,
+    right_shift_block,
+)
 from t4r_fast.torch.block.mlp import MLPBlock
 from t4r_fast.torch.block.transformer import TransformerBlock
 from t4r_fast.torch.checkpoint import load_weights
@@ -21,54 +41,120 @@ from t4r_fast.torch.data import (
 )
 from t4r_fast.torch.features.continuous import ContinuousFeatures
 from t4r_fast.torch.features.embedding import (
+    EmbeddingFeatures,
     FeatureConfig,
+    PretrainedEmbeddingsInitializer,
     SequenceEmbeddingFeatures,
     TableConfig,
 )
+from t4r_fast.torch.features.pretrained import PretrainedEmbeddingFeatures
 from t4r_fast.torch.features.sequence import TabularSequenceFeatures
+from t4r_fast.torch.features.soft import SoftEmbedding, SoftEmbeddingFeatures
+from t4r_fast.torch.features.tabular import TabularFeatures
 from t4r_fast.torch.masking import (
     CausalLanguageModeling,
     MaskedLanguageModeling,
     MaskSequence,
+    PermutationLanguageModeling,
+    ReplacementLanguageModeling,
     masking_registry,
 )
 from t4r_fast.torch.model.base import Model
 from t4r_fast.torch.model.head import Head
 from t4r_fast.torch.model.lazy_logits import LazyLogits
 from t4r_fast.torch.model.prediction_task import NextItemPredictionTask
+from t4r_fast.torch.model.replaced_item_task import ReplacedItemPredictionTask
+from t4r_fast.torch.tabular.aggregation import (
+    ConcatFeatures,
+    ElementwiseSum,
+    ElementwiseSumItemMulti,
+    StackFeatures,
+)
+from t4r_fast.torch.tabular.base import (
+    AsTabular,
+    FilterFeatures,
+    MergeTabular,
+    SequentialTabularTransformations,
+    TabularAggregation,
+    TabularBlock,
+    TabularModule,
+    TabularTransformation,
+)
+from t4r_fast.torch.tabular.transformations import (
+    StochasticSwapNoise,
+    TabularDropout,
+    TabularLayerNorm,
+)
 from t4r_fast.torch.trainer import Trainer
 
 __all__ = [
     "DATA_LOADER_ENGINES",
+    "AlbertConfig",
+    "AsTabular",
+    "BertConfig",
     "Block",
     "BlockBase",
     "BuildableBlock",
     "CausalLanguageModeling",
+    "ConcatFeatures",
     "ContinuousFeatures",
+    "ElectraConfig",
+    "ElementwiseSum",
+    "ElementwiseSumItemMulti",
+    "EmbeddingFeatures",
     "FeatureConfig",
+    "FilterFeatures",
+    "GPT2Config",
     "Head",
     "LazyLogits",
+    "LongformerConfig",
     "MLPBlock",
     "MaskSequence",
     "MaskedLanguageModeling",
+    "MergeTabular",
     "MerlinDataLoader",
     "Model",
     "NVTabularDataLoader",
     "NextItemPredictionTask",
     "ParquetDataLoader",
+    "PermutationLanguageModeling",
+    "PretrainedEmbeddingFeatures",
+    "PretrainedEmbeddingsInitializer",
     "PyarrowDataLoader",
+    "ReformerConfig",
+    "ReplacedItemPredictionTask",
+    "ReplacementLanguageModeling",
+    "RobertaConfig",
     "Schema",
     "SequenceEmbeddingFeatures",
     "SequentialBlock",
+    "SequentialTabularTransformations",
+    "SoftEmbedding",
+    "SoftEmbeddingFeatures",
+    "StackFeatures",
+    "StochasticSwapNoise",
+    "T4RecConfig",
     "T4RecDataLoader",
     "T4RecTrainingArguments",
     "TableConfig",
+    "TabularAggregation",
+    "TabularBlock",
+    "TabularDropout",
+    "TabularFeatures",
+    "TabularLayerNorm",
+    "TabularModule",
     "TabularSequenceFeatures",
+    "TabularTransformation",
     "Tags",
     "Trainer",
+    "TransfoXLConfig",
     "TransformerBlock",
     "XLNetConfig",
+    "build_blocks",
     "load_weights",
     "masking_registry",
     "ranking_metric",
+    "requires_schema",
+    "right_shift_block",
+    "transformer_registry",
 ]

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import abc
 import inspect
+import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from t4r_fast.compat import warn_once
 
+LOG = logging.getLogger("t4r_fast")
 Size = Sequence[int | None]
 
 
@@ -30,13 +33,47 @@ def takes_mode(module: nn.Module) -> bool:
 
 
 class BlockBase(nn.Module):
-    """A module with an output size. `a >> b` puts b behind a."""
+    """A module with an output size. `a >> b` puts b behind a, ["x", "y"] >> a picks columns for a.
 
-    def output_size(self) -> tuple[int, ...]:
+    Subclasses define forward and forward_output_size(input_size), or output_size itself.
+    """
+
+    input_size: object = None
+
+    def build(self, input_size: Any, schema: object = None, **_: object) -> BlockBase:
+        """Take note of the size of the inputs; returns itself."""
+        self.input_size = input_size
+        return self
+
+    def output_size(self, input_size: Any = None) -> Any:
+        """For inputs of this size, by default of the size that the block was built with."""
+        input_size = self.input_size if input_size is None else input_size
+        return self.forward_output_size(input_size)
+
+    def forward_output_size(self, input_size: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} does not know its output size")
 
-    def __rshift__(self, other: nn.Module | BuildableBlock) -> SequentialBlock:
-        return SequentialBlock(self, other)
+    def to_model(self, prediction_task_or_head: nn.Module, inputs: Any = None, **kwargs: object):
+        """The model of this body and a task or a Head; kwargs are those of Model."""
+        from t4r_fast.torch.model.base import Model
+        from t4r_fast.torch.model.head import Head
+
+        head = prediction_task_or_head
+        if not isinstance(head, Head):
+            head = Head(self, head, inputs=inputs)
+        return Model(head, **kwargs)
+
+    def as_tabular(self, name: str | None = None) -> SequentialBlock:
+        """The output as a dict with one entry, named after the class by default."""
+        from t4r_fast.torch.tabular.base import AsTabular
+
+        return SequentialBlock(self, AsTabular(name or type(self).__name__))
+
+    def __rshift__(self, other: Any) -> SequentialBlock:
+        return right_shift_block(other, self)
+
+    def __rrshift__(self, other: Any) -> SequentialBlock:
+        return right_shift_block(self, other)
 
 
 class BuildableBlock(abc.ABC):
@@ -46,8 +83,14 @@ class BuildableBlock(abc.ABC):
     def build(self, input_size: Size) -> BlockBase:
         """The block for inputs of this size."""
 
-    def __rrshift__(self, other: nn.Module) -> SequentialBlock:
-        return SequentialBlock(other, self)
+    def to_module(self, shape_or_module: Any) -> BlockBase:
+        """build() for a size, or for what comes out of a module."""
+        if isinstance(shape_or_module, nn.Module):
+            shape_or_module = shape_or_module.output_size()
+        return self.build(shape_or_module)
+
+    def __rrshift__(self, other: Any) -> SequentialBlock:
+        return right_shift_block(self, other)
 
 
 class Block(BlockBase):
@@ -76,7 +119,7 @@ class Block(BlockBase):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         return self.module(inputs)
 
-    def output_size(self) -> tuple[int, ...]:
+    def output_size(self, input_size: Any = None) -> tuple[int, ...]:
         return self._output_size
 
 
@@ -90,8 +133,12 @@ class SequentialBlock(nn.Sequential, BlockBase):
         if len(args) == 1 and isinstance(args[0], (list, tuple)):
             args = tuple(args[0])
         built: list[nn.Module] = []
-        size: tuple[int, ...] | None = None
+        size: Any = None
         for position, block in enumerate(args):
+            if isinstance(block, list):
+                from t4r_fast.torch.tabular.base import FilterFeatures
+
+                block = FilterFeatures(block)
             if isinstance(block, BuildableBlock):
                 if size is None:
                     raise ValueError(
@@ -99,19 +146,22 @@ class SequentialBlock(nn.Sequential, BlockBase):
                         " block with a known output size; give that block an output_size"
                     )
                 block = block.build(size)
+            elif isinstance(block, BlockBase) and size is not None and block.input_size is None:
+                block.build(size)
             size = _output_size_of(block, size)
             built.append(block)
         super().__init__(*built)
         self._output_size = _size(output_size) if output_size is not None else size
+        self.input_size = getattr(built[0], "input_size", None) if built else None
+        _warn_of_masking(built)
         self._takes_mode = [takes_mode(block) for block in built]
 
     @property
     def inputs(self) -> nn.Module | None:
         """The input block in front, if this row begins with one."""
         first = self[0] if len(self) else None
-        if first is None:
-            return None
-        return first if hasattr(first, "item_embedding_table") else getattr(first, "inputs", None)
+        # An input block has parts to merge; plain MergeTabulars, which have them too, do as well.
+        return first if hasattr(first, "to_merge") else getattr(first, "inputs", None)
 
     def forward(self, inputs, training: bool = False, testing: bool = False):
         for block, mode in zip(self, self._takes_mode, strict=True):
@@ -119,18 +169,62 @@ class SequentialBlock(nn.Sequential, BlockBase):
             inputs = block(inputs, **flags)
         return inputs
 
-    def output_size(self) -> tuple[int, ...]:
+    def output_size(self, input_size: Any = None) -> Any:
         if self._output_size is None:
             raise ValueError(
                 "SequentialBlock: the last block does not know its output size; pass output_size"
             )
         return self._output_size
 
+    def __rshift__(self, other: Any) -> SequentialBlock:
+        return right_shift_block(other, self)
 
-def _output_size_of(block: nn.Module, before: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    def __rrshift__(self, other: Any) -> SequentialBlock:
+        return right_shift_block(self, other)
+
+    def __add__(self, other: nn.Module):
+        """Both on the same inputs, their dicts of outputs merged."""
+        from t4r_fast.torch.tabular.base import MergeTabular
+
+        return MergeTabular(self, other)
+
+
+def right_shift_block(self: Any, other: Any) -> SequentialBlock:
+    """`other >> self`: the blocks of both in one row; a list of names picks columns."""
+    return SequentialBlock(*_in_a_row(other), *_in_a_row(self))
+
+
+def _in_a_row(block: Any) -> list:
+    # Subclasses of SequentialBlock, transformations for instance, stay whole.
+    return list(block) if type(block) is SequentialBlock else [block]
+
+
+def build_blocks(*modules: Any) -> list[nn.Module]:
+    """The modules, recipes among them built one behind the other."""
+    return list(SequentialBlock(*modules))
+
+
+def _warn_of_masking(blocks: list[nn.Module]) -> None:
+    """The masking of the inputs may have arguments for the Transformer, which must know it then."""
+    masking = getattr(blocks[0], "masking", None) if blocks else None
+    for block in blocks[1:]:
+        is_transformer = type(block).__name__ == "TransformerBlock"
+        if masking is not None and is_transformer and block.masking is not masking:
+            LOG.warning(
+                "SequentialBlock: the input block has a masking that the TransformerBlock does not"
+                " know; give TransformerBlock(..., masking=inputs.masking)"
+            )
+
+
+def _output_size_of(block: nn.Module, before: Any) -> Any:
     """Size behind `block`; plain activations, norms and dropout keep the size."""
     if isinstance(block, BlockBase):
-        return block.output_size()
+        try:
+            return block.output_size()
+        except NotImplementedError:
+            return None
+    if hasattr(block, "forward_output_size") and before is not None:
+        return block.output_size(before)
     if isinstance(block, nn.Linear) and before is not None:
         return (*before[:-1], block.out_features)
     keeps = (nn.Dropout, nn.LayerNorm, nn.BatchNorm1d, nn.Identity)

@@ -2,30 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
-
 import torch
 from torch import nn
 
+from t4r_fast.compat import warn_once
 from t4r_fast.ops.sequence_embedding import sequence_embedding
 from t4r_fast.schema import Schema, Tags
 from t4r_fast.torch.block.base import BlockBase, BuildableBlock
 from t4r_fast.torch.block.mlp import MLPBlock
-from t4r_fast.torch.features.continuous import ContinuousFeatures
-from t4r_fast.torch.features.embedding import Initializer, SequenceEmbeddingFeatures
-from t4r_fast.torch.masking import MaskSequence, build_masking
+from t4r_fast.torch.features.continuous import column
+from t4r_fast.torch.features.embedding import SequenceEmbeddingFeatures, keeps_targets
+from t4r_fast.torch.features.tabular import TabularFeatures
+from t4r_fast.torch.masking import (
+    MaskSequence,
+    ReplacementLanguageModeling,
+    build_masking,
+    masking_options,
+)
+from t4r_fast.torch.tabular.aggregation import (
+    ConcatFeatures,
+    ElementwiseSum,
+    ElementwiseSumItemMulti,
+)
+from t4r_fast.torch.tabular.base import (
+    Sizes,
+    TabularAggregation,
+    TabularAggregationType,
+    TabularData,
+    TabularTransformationsType,
+)
 
-# The reference's prose names "sequential-concat"; its code knows "concat".
-AGGREGATIONS = {"concat": "concat", "sequential-concat": "concat", "element-wise-sum": "sum"}
-CONTINUOUS_PROJECTION = "continuous_projection"
+__all__ = ["SequenceEmbeddingFeatures", "TabularSequenceFeatures"]
+
+# A column, and the table in which its ids are looked up; None: it is the feature itself.
+Part = tuple[torch.Tensor, nn.Embedding | None]
+# The aggregations that the op sequence_embedding does, by their exact class.
+_AGGREGATIONS = {ConcatFeatures: "concat", ElementwiseSum: "sum"}
 
 
-class TabularSequenceFeatures(BlockBase):
+class TabularSequenceFeatures(TabularFeatures):
     """Looks up the ids, joins the features, projects them, masks them. Build it by from_schema.
 
-    forward: dict of (B, L) columns -> (B, L, D), or (B, L + 1, D) for inference under "mlm". Number
-    columns and ids of the user, (B,), are repeated over L.
+    continuous_module, categorical_module, pretrained_embedding_module  the parts, at least one
+    projection_module          what follows the join
+    masking                    what follows the projection; needs a column tagged item_id
+    pre, post, aggregation, schema  see TabularBlock
+    post_before_aggregation    apply `post` where there is a masking or projection too. None: drop
+                               it then, as the reference does, with a warning
+
+    forward: dict of (B, L) columns -> (B, L, D), or (B, L + 1, D) for inference under "mlm"; a dict
+    of features without aggregation, projection and masking. Columns of the user, (B,), are repeated
+    over L.
 
     Features are joined in the order of their names (the order of a checkpoint's projection).
     Lookup, join and, without a projection, the [MASK] vector are one op: sequence_embedding. Tables
@@ -34,64 +61,70 @@ class TabularSequenceFeatures(BlockBase):
     Replaces transformers4rec.torch.TabularSequenceFeatures.
     """
 
+    EMBEDDING_MODULE_CLASS = SequenceEmbeddingFeatures
+
     def __init__(
         self,
         continuous_module: nn.Module | None = None,
-        categorical_module: SequenceEmbeddingFeatures | None = None,
+        categorical_module: nn.Module | None = None,
+        pretrained_embedding_module: nn.Module | None = None,
         projection_module: nn.Module | None = None,
         masking: MaskSequence | None = None,
-        aggregation: str = "concat",
+        pre: TabularTransformationsType | None = None,
+        post: TabularTransformationsType | None = None,
+        aggregation: TabularAggregationType | None = None,
         schema: Schema | None = None,
-        max_sequence_length: int | None = None,
+        post_before_aggregation: bool | None = None,
     ) -> None:
-        super().__init__()
-        if continuous_module is None and categorical_module is None:
-            raise ValueError("TabularSequenceFeatures: the schema selects no feature")
-        if masking is not None and (
-            categorical_module is None or categorical_module.item_id is None
-        ):
-            raise ValueError("TabularSequenceFeatures: masking needs a column tagged item_id")
-        modules = {"continuous_module": continuous_module, "categorical_module": categorical_module}
-        self.to_merge = nn.ModuleDict({k: m for k, m in modules.items() if m is not None})
+        super().__init__(
+            continuous_module,
+            categorical_module,
+            pretrained_embedding_module,
+            pre,
+            post,
+            aggregation,
+            schema,
+        )
         self.projection_module = projection_module
-        self._masking = masking
-        self.aggregation = _checked_aggregation(aggregation)
-        self.schema = schema
-        self.max_sequence_length = max_sequence_length
+        self.post_before_aggregation = post_before_aggregation
+        self._masking: MaskSequence | None = None
+        self._true_item_ids: torch.Tensor | None = None
+        self._batch: TabularData | None = None
+        self.set_masking(masking)
 
     @classmethod
     def from_schema(
         cls,
         schema: Schema,
-        continuous_tags: tuple[str, ...] | str | None = (Tags.CONTINUOUS,),
-        categorical_tags: tuple[str, ...] | str | None = (Tags.CATEGORICAL,),
-        aggregation: str | None = None,
+        continuous_tags: object = (Tags.CONTINUOUS,),
+        categorical_tags: object = (Tags.CATEGORICAL,),
+        pretrained_embeddings_tags: object = (Tags.EMBEDDING,),
+        aggregation: TabularAggregationType | None = None,
+        automatic_build: bool = True,
         max_sequence_length: int | None = None,
         continuous_projection: int | list[int] | None = None,
+        continuous_soft_embeddings: bool = False,
         projection: BuildableBlock | nn.Module | None = None,
         d_output: int | None = None,
         masking: str | MaskSequence | None = None,
-        embedding_dims: Mapping[str, int] | None = None,
-        embedding_dim_default: int = 64,
-        infer_embedding_sizes: bool = False,
-        infer_embedding_sizes_multiplier: float = 2.0,
-        embeddings_initializers: Mapping[str, Initializer] | None = None,
-        item_id: str | None = None,
-        **masking_arguments: object,
+        table_padding_idx: int = 0,
+        **kwargs: object,
     ) -> TabularSequenceFeatures:
         """The input block for the columns of a schema.
 
-        continuous_tags, categorical_tags  which columns are numbers and ids; None for none of them
-        aggregation            "concat" (default; also "sequential-concat") or "element-wise-sum"
-        max_sequence_length    L of the data; used to state the output size
-        continuous_projection  width(s) of an MLP over all numbers together; the result is one
-                               feature
-        projection, d_output   what follows the join: a block, or the width of MLPBlock([d_output])
-                               (Linear + ReLU); give one of them
-        masking                "clm"/"causal", "mlm"/"masked", a MaskSequence or None
-        embedding_dims ...     see SequenceEmbeddingFeatures.from_schema
-        masking_arguments      mlm_probability, eval_on_last_item_seq_only, ...
+        aggregation          "concat" (also "sequential-concat"), "element-wise-sum",
+                             "element-wise-sum-item-multi", "stack", or a module. None: "concat"
+                             with projection, d_output or masking, else a dict of features
+        projection, d_output what follows the join: a block, or the width of MLPBlock([d_output])
+                             (Linear + ReLU); give one of them
+        masking              "clm"/"causal", "mlm"/"masked", "plm"/"permutation",
+                             "rtd"/"replacement", a MaskSequence or None
+        table_padding_idx    the id of padding in the embedding tables. As in the reference
+                             padding_idx, one of kwargs, is the masking's alone
+        kwargs               options of the parts (see TabularFeatures.from_schema) and of the
+                             masking: mlm_probability, eval_on_last_item_seq_only, ...
 
+        The other arguments are those of TabularFeatures.from_schema.
         Raises ValueError for arguments that contradict each other or the schema, TypeError for
         unknown ones.
         """
@@ -100,196 +133,271 @@ class TabularSequenceFeatures(BlockBase):
                 "TabularSequenceFeatures: give projection or d_output, not both; d_output=n is"
                 " short for projection=MLPBlock([n])"
             )
-        if masking_arguments and not isinstance(masking, str):
-            raise TypeError(
-                "TabularSequenceFeatures.from_schema: unknown arguments"
-                f" {sorted(masking_arguments)}"
-            )
-        categorical = continuous = None
-        if categorical_tags:
-            categorical = SequenceEmbeddingFeatures.from_schema(
-                schema,
-                tags=_as_tags(categorical_tags),
-                embedding_dims=embedding_dims,
-                embedding_dim_default=embedding_dim_default,
-                infer_embedding_sizes=infer_embedding_sizes,
-                infer_embedding_sizes_multiplier=infer_embedding_sizes_multiplier,
-                embeddings_initializers=embeddings_initializers,
-                item_id=item_id,
-            )
-        if continuous_tags:
-            continuous = ContinuousFeatures.from_schema(schema, _as_tags(continuous_tags))
-        block = cls(
-            continuous,
-            categorical,
-            aggregation=aggregation or "concat",
-            schema=schema,
+        of_masking = masking_options(masking)
+        mask_arguments = {name: kwargs.pop(name) for name in list(kwargs) if name in of_masking}
+        joined = projection is not None or d_output is not None or masking is not None
+        if table_padding_idx:
+            kwargs["padding_idx"] = table_padding_idx
+        block = super().from_schema(
+            schema,
+            continuous_tags=continuous_tags,
+            categorical_tags=categorical_tags,
+            pretrained_embeddings_tags=pretrained_embeddings_tags,
+            aggregation="concat" if aggregation is None and joined else aggregation,
+            automatic_build=automatic_build,
             max_sequence_length=max_sequence_length,
+            continuous_projection=continuous_projection,
+            continuous_soft_embeddings=continuous_soft_embeddings,
+            **kwargs,
         )
-        if continuous_projection is not None:
-            block.project_continuous_features(continuous_projection)
         if d_output is not None:
             projection = MLPBlock([d_output])
-        if projection is not None:
-            built = (
-                projection.build(block.output_size())
-                if (isinstance(projection, BuildableBlock))
-                else projection
-            )
-            block.projection_module = built
-        width = block.output_size()[-1]
+        if isinstance(projection, BuildableBlock):
+            projection = projection.build(block.output_size())
+        block.projection_module = projection
         if isinstance(masking, str):
-            masking = build_masking(masking, hidden_size=width, **masking_arguments)
-        if masking is not None:
-            block.set_masking(masking)
+            block._check_item_id()
+            width = block.output_size()[-1]
+            masking = build_masking(masking, hidden_size=width, **mask_arguments)
+        block.set_masking(masking)
         return block
 
     # -- parts -----------------------------------------------------------------------------------
-
-    def _part(self, name: str) -> nn.Module | None:
-        # nn.ModuleDict has no get, and torch.compile cannot trace dict(ModuleDict)
-        return self.to_merge[name] if name in self.to_merge else None  # noqa: SIM401
-
-    @property
-    def categorical_module(self) -> SequenceEmbeddingFeatures | None:
-        return self._part("categorical_module")
-
-    @property
-    def continuous_module(self) -> nn.Module | None:
-        return self._part("continuous_module")
 
     @property
     def masking(self) -> MaskSequence | None:
         return self._masking
 
-    def set_masking(self, masking: MaskSequence) -> None:
-        if self.categorical_module is None or self.categorical_module.item_id is None:
+    def set_masking(self, value: MaskSequence | None) -> None:
+        if value is not None:
+            self._check_item_id()
+            size = self.output_size()
+            if size is not None and value.hidden_size != size[-1]:
+                raise ValueError(
+                    "TabularSequenceFeatures: masking.hidden_size must be the block's width,"
+                    f" {size[-1]}; got {value.hidden_size}"
+                )
+        self._masking = value
+
+    def _check_item_id(self) -> None:
+        if self.item_id is None:
             raise ValueError("TabularSequenceFeatures: masking needs a column tagged item_id")
-        width = self.output_size()[-1]
-        if masking.hidden_size != width:
-            raise ValueError(
-                "TabularSequenceFeatures: masking.hidden_size must be the block's width,"
-                f" {width}; got {masking.hidden_size}"
-            )
-        self._masking = masking
 
     @property
     def item_id(self) -> str | None:
-        return None if self.categorical_module is None else self.categorical_module.item_id
+        return getattr(self.categorical_module, "item_id", None)
 
     @property
-    def item_embedding_table(self) -> nn.Embedding:
-        return self.categorical_module.item_embedding_table
+    def item_embedding_table(self) -> nn.Module | None:
+        return getattr(self.categorical_module, "item_embedding_table", None)
 
-    def project_continuous_features(self, dimensions: int | list[int]) -> TabularSequenceFeatures:
-        """Put an MLP over all number features; they become the one feature
-        `continuous_projection`."""
-        numbers = self.continuous_module
-        if not isinstance(numbers, ContinuousFeatures):
-            raise ValueError(
-                "TabularSequenceFeatures: continuous_projection needs number columns in the schema"
-            )
-        mlp = MLPBlock(dimensions).build((-1, -1, len(numbers.features)))
-        self.to_merge["continuous_module"] = nn.Sequential(numbers, mlp)
-        return self
-
-    def _widths(self) -> dict[str, int]:
-        """Width of every joined feature, by name."""
-        widths: dict[str, int] = {}
-        if self.categorical_module is not None:
-            tables = self.categorical_module.embedding_tables
-            widths.update({name: table.embedding_dim for name, table in tables.items()})
-        numbers = self.continuous_module
-        if isinstance(numbers, ContinuousFeatures):
-            widths.update(dict.fromkeys(numbers.features, 1))
-        elif numbers is not None:
-            widths[CONTINUOUS_PROJECTION] = numbers[1].output_size()[-1]
-        return widths
-
-    def output_size(self) -> tuple[int, ...]:
-        length = self.max_sequence_length or -1
-        if self.projection_module is not None:
-            if isinstance(self.projection_module, BlockBase):
-                return (-1, length, self.projection_module.output_size()[-1])
-            raise ValueError(
-                "TabularSequenceFeatures: projection does not know its output size; wrap it in"
-                " Block(module, output_size)"
-            )
-        widths = self._widths()
-        if self.aggregation == "concat":
-            return (-1, length, sum(widths.values()))
-        if len(set(widths.values())) > 1:
-            raise ValueError(
-                "TabularSequenceFeatures: element-wise-sum needs features of one width; got"
-                f" {widths}. Give continuous_projection, or embedding_dims"
-            )
-        return (-1, length, next(iter(widths.values())))
+    def output_size(self, input_size: Sizes | None = None):
+        size = super().output_size(input_size)
+        if self.projection_module is None or size is None:
+            return size
+        if isinstance(self.projection_module, BlockBase):
+            return (*size[:-1], self.projection_module.output_size()[-1])
+        raise ValueError(
+            "TabularSequenceFeatures: projection does not know its output size; wrap it in"
+            " Block(module, output_size)"
+        )
 
     # -- the pass --------------------------------------------------------------------------------
 
-    def _columns(
-        self, inputs: dict[str, torch.Tensor]
-    ) -> tuple[list[torch.Tensor], list[nn.Embedding | None]]:
-        """The columns in the order of their names, with the table of each id column."""
-        named: dict[str, tuple[torch.Tensor, nn.Embedding | None]] = {}
-        categorical, numbers = self.categorical_module, self.continuous_module
-        if categorical is not None:
-            for name, table in categorical.embedding_tables.items():
-                named[name] = (_column(inputs, name), table)
-        if isinstance(numbers, ContinuousFeatures):
-            for name in numbers.features:
-                named[name] = (_column(inputs, name).to(torch.float32), None)
-        elif numbers is not None:
-            named[CONTINUOUS_PROJECTION] = (numbers(inputs), None)
-        length = max(c.shape[1] for c, _ in named.values() if c.dim() > 1)
-        ordered = [named[name] for name in sorted(named)]
-        columns = [c if c.dim() > 1 else c.unsqueeze(1).expand(-1, length) for c, _ in ordered]
-        return columns, [table for _, table in ordered]
+    def pre_forward(
+        self, inputs: TabularData, transformations: TabularTransformationsType | None = None
+    ) -> TabularData:
+        pre = self.pre if transformations is None else transformations
+        self._true_item_ids = None
+        if pre is not None and self.item_id is not None and keeps_targets(pre):
+            self._true_item_ids = column(inputs, self.item_id)
+        return super().pre_forward(inputs, transformations)
+
+    def __call__(self, inputs: TabularData, *args: object, **kwargs: object):
+        # What is given for this call alone works on the features, so forward must not join them.
+        if any(kwargs.get(name) is not None for name in ("post", "merge_with", "aggregation")):
+            kwargs["as_features"] = True
+        return super().__call__(inputs, *args, **kwargs)
 
     def forward(
-        self, inputs: dict[str, torch.Tensor], training: bool = False, testing: bool = False
-    ) -> torch.Tensor:
-        columns, tables = self._columns(inputs)
-        joined = partial(
-            sequence_embedding,
-            columns,
-            [None if table is None else table.weight for table in tables],
-            aggregation=self.aggregation,
-            sparse=[table is not None and table.sparse for table in tables],
-        )
+        self,
+        inputs: TabularData,
+        training: bool = False,
+        testing: bool = False,
+        as_features: bool = False,
+        **_: object,
+    ) -> TabularData | torch.Tensor:
+        keep = isinstance(self._masking, ReplacementLanguageModeling)
+        self._batch = inputs if keep else None  # for unmasked()
+        parts = self._parts(inputs)
+        aggregation = self.aggregation
+        if self._masking is None and self.projection_module is None:
+            if aggregation is None or self.post is not None or as_features:
+                return _features(parts, self.padding_idx)
+            return self._join(parts, aggregation)
+        if as_features:
+            raise ValueError(
+                "TabularSequenceFeatures: post, merge_with and aggregation of a single call need a"
+                " block without masking and projection"
+            )
+        aggregation = ConcatFeatures() if aggregation is None else aggregation
+        if self.post is not None:
+            parts = self._after_post(parts)
         if self._masking is None:
-            x = joined()
-            return x if self.projection_module is None else self.projection_module(x)
-        masking, item_ids = self._masking, _column(inputs, self.item_id)
-        self.categorical_module.item_seq = item_ids
-        masking.compute_masked_targets(item_ids, training=training, testing=testing)
-        # Where the join itself is masked and nothing is appended, the op writes [MASK] in its pass.
-        if self.projection_module is None and training:
-            return joined(mask=masking.replaced, mask_vector=masking.masked_item_embedding)
-        x = joined()
+            return self.projection_module(self._join(parts, aggregation))
+        return self._masked(parts, aggregation, training, testing)
+
+    def _masked(
+        self,
+        parts: dict[str, Part],
+        aggregation: TabularAggregation,
+        training: bool,
+        testing: bool,
+    ) -> torch.Tensor:
+        masking, item_ids = self._masking, self.categorical_module.item_seq
+        if self.projection_module is None and training and masking.replaces_inputs_only:
+            # Nothing stands between join and mask: the op writes [MASK] in its pass.
+            masking.compute_masked_targets(item_ids, training=training, testing=testing)
+            return self._join(parts, aggregation, masking)
+        x = self._join(parts, aggregation)
         if self.projection_module is not None:
             x = self.projection_module(x)
-        return masking.apply_mask_to_inputs(x, training=training, testing=testing)
+        return masking(x, item_ids=item_ids, training=training, testing=testing)
+
+    def unmasked(self, item_ids: torch.Tensor) -> torch.Tensor:
+        """What forward makes of the last batch with other item ids (B, L), before the masking."""
+        if self._batch is None:
+            raise ValueError(
+                "TabularSequenceFeatures: unmasked() needs a forward pass under masking 'rtd' first"
+            )
+        item_seq = self.categorical_module.item_seq
+        parts = self._parts({**self._batch, self.item_id: item_ids})
+        self.categorical_module.item_seq = item_seq
+        if self.post is not None:
+            parts = self._after_post(parts)
+        x = self._join(parts, self.aggregation or ConcatFeatures())
+        return x if self.projection_module is None else self.projection_module(x)
+
+    @property
+    def padding_idx(self) -> int:
+        """The id of padding in the tables."""
+        return getattr(self.categorical_module, "padding_idx", 0)
+
+    def _parts(self, inputs: TabularData) -> dict[str, Part]:
+        """All features by name; ids with their table where the module looks up and does no more."""
+        parts: dict[str, Part] = {}
+        for module in self.merge_values:
+            if _only_looks_up(module):
+                columns = module.pre_forward(inputs)
+                for name, table in module.embedding_tables.items():
+                    parts[name] = (column(columns, name).long(), table)
+                if module.item_id is not None:
+                    keep = module.pre is not None and keeps_targets(module.pre)
+                    module.item_seq = module.item_ids(inputs if keep else columns)
+            else:
+                parts.update({name: (value, None) for name, value in module(inputs).items()})
+        if self._true_item_ids is not None:
+            self.categorical_module.item_seq = self._true_item_ids
+        return parts
+
+    def _after_post(self, parts: dict[str, Part]) -> dict[str, Part]:
+        if not self.post_before_aggregation:
+            warn_once(
+                "post_before_aggregation",
+                "TabularSequenceFeatures drops post because it has a masking or a projection, as"
+                " the reference does; give post_before_aggregation=True",
+            )
+            return parts
+        features = self.post(_features(parts, self.padding_idx))
+        return {name: (value, None) for name, value in features.items()}
+
+    def _join(
+        self,
+        parts: dict[str, Part],
+        aggregation: TabularAggregation,
+        masking: MaskSequence | None = None,
+    ) -> torch.Tensor:
+        """(B, L, W); with a masking its [MASK] vector stands at the drawn positions."""
+        kind, padding_idx = _AGGREGATIONS.get(type(aggregation)), self.padding_idx
+        aggregation.set_schema(self.schema)
+        if kind is not None:
+            mask = None if masking is None else masking.replaced
+            vector = None if masking is None else masking.masked_item_embedding
+            return _joined(parts, kind, padding_idx, mask, vector)
+        if type(aggregation) is ElementwiseSumItemMulti and len(parts) > 1:
+            item = self.schema.item_id_column_name
+            rest = {name: part for name, part in parts.items() if name != item}
+            _check_one_width(parts)
+            x = _joined(rest, "sum", padding_idx)
+            x = x * _joined({item: parts[item]}, "sum", padding_idx)
+        else:
+            x = aggregation(_features(parts, padding_idx))
+        return x if masking is None else masking.apply_mask_to_inputs(x, masking.mask_schema, True)
 
 
-def _checked_aggregation(aggregation: str) -> str:
-    if aggregation not in AGGREGATIONS:
-        raise ValueError(
-            f"TabularSequenceFeatures: aggregation must be one of {', '.join(AGGREGATIONS)}; got"
-            f" {aggregation!r}"
-        )
-    return AGGREGATIONS[aggregation]
+def _only_looks_up(module: nn.Module) -> bool:
+    """Whether the op may look up for this module: nothing of it, and nothing behind, is changed."""
+    return (
+        isinstance(module, SequenceEmbeddingFeatures)
+        and module.post is None
+        and module.aggregation is None
+        and type(module).forward is SequenceEmbeddingFeatures.forward
+        and type(module).embed is SequenceEmbeddingFeatures.embed
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and all(type(table) is nn.Embedding for table in module.embedding_tables.values())
+    )
 
 
-def _as_tags(tags: tuple[str, ...] | str) -> tuple[str, ...]:
-    return (tags,) if isinstance(tags, str) else tuple(tags)
+def _joined(
+    parts: dict[str, Part],
+    kind: str,
+    padding_idx: int,
+    mask: torch.Tensor | None = None,
+    vector: torch.Tensor | None = None,
+) -> torch.Tensor:
+    named = [parts[name] for name in sorted(parts)]
+    # ids are (B, L) or (B,), features (B, L, W) or (B, W): one axis more
+    lengths = [c.shape[1] for c, table in named if c.dim() > (1 if table is not None else 2)]
+    if not lengths:
+        features = _features(parts, padding_idx)
+        return (ConcatFeatures() if kind == "concat" else ElementwiseSum())(features)
+    floats = [c if table is None else table.weight for c, table in named]
+    columns = []
+    for c, table in named:
+        if table is None:
+            c = c.to(floats[0].dtype)
+        sequence = c.dim() > (1 if table is not None else 2)
+        columns.append(c if sequence else c.unsqueeze(1).expand(-1, lengths[0], *c.shape[1:]))
+    return sequence_embedding(
+        columns,
+        [None if table is None else table.weight for _, table in named],
+        aggregation=kind,
+        mask=mask,
+        mask_vector=vector,
+        padding_idx=padding_idx,
+        sparse=[table is not None and table.sparse for _, table in named],
+    )
 
 
-def _column(inputs: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    try:
-        return inputs[name]
-    except KeyError:
-        raise KeyError(
-            f"TabularSequenceFeatures: the batch lacks the column {name!r}; it holds"
-            f" {sorted(inputs)}"
-        ) from None
+def _features(parts: dict[str, Part], padding_idx: int) -> TabularData:
+    """The features themselves: ids looked up."""
+    features = {}
+    for name, (values, table) in parts.items():
+        if table is not None:
+            ids = values if values.dim() == 2 else values.unsqueeze(1)
+            found = sequence_embedding(
+                [ids], [table.weight], padding_idx=padding_idx, sparse=table.sparse
+            )
+            values = found if values.dim() == 2 else found.squeeze(1)
+        features[name] = values
+    return features
+
+
+def _check_one_width(parts: dict[str, Part]) -> None:
+    widths = {
+        name: values.shape[-1] if table is None else table.embedding_dim
+        for name, (values, table) in parts.items()
+    }
+    if len(set(widths.values())) > 1:
+        raise ValueError(f"ElementwiseSumItemMulti: features must have one width; got {widths}")

@@ -209,7 +209,7 @@ class NextItemPredictionTask(nn.Module):
         labels = self.masking.masked_targets.reshape(-1)
         # Where targets stand, then -1: a kernel finds its rows side by side, whatever the device.
         counted = self.masking.rows
-        last_item_only = not training and self.masking.eval_on_last_item_seq_only
+        last_item_only = not training and self.masking.one_target_per_session
         if last_item_only:
             counted = None
             # At most one target per session: the first B entries of the row list hold them all.
