@@ -221,7 +221,7 @@ def test_many_sessions_views_and_another_padding(lane, mode):
 )
 def test_rate_per_length(lane, n, rate):
     """The contract's measured share of masked positions, and its exact value."""
-    count, p = 20_000, 0.15
+    count, p = 4_000 if lane == "cuda-on-cpu" else 20_000, 0.15
     exact = p + (1 - p - p ** (n - 1)) / n
     assert exact == pytest.approx(rate, abs=2e-3)
     with run_on(lane, "mask_mlm") as device:
@@ -247,7 +247,7 @@ def test_positions_are_independent_but_for_the_rules(lane):
             for spared in range(3):
                 final = mask & ~(1 << spared) if mask == 7 else mask
                 law[final] = law.get(final, 0) + chance / 3
-    count = 60_000
+    count = 12_000 if lane == "cuda-on-cpu" else 60_000
     with run_on(lane, "mask_mlm") as device:
         ids = sessions([3] * count, 3).to(device)
         mask = mask_mlm(ids, seed=SEED.to(device)).mask.cpu()
