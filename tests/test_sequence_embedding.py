@@ -77,11 +77,12 @@ def test_concat(lane, dtype, zero_padding, case):
 
 
 @pytest.mark.parametrize("lane", LANES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_sum(lane, dtype):
-    inputs = make_inputs(9, 6, [5, 5], numbers=(5,))
-    inputs["mask"] = torch.eye(9, 6).bool()
-    inputs["mask_vector"] = torch.randn(5)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [5, 24])
+def test_sum(lane, dtype, width):
+    inputs = make_inputs(29, 6, [width, width], numbers=(width,))
+    inputs["mask"] = torch.eye(29, 6).bool()
+    inputs["mask_vector"] = torch.randn(width, generator=torch.Generator().manual_seed(0))
     options = {"aggregation": "sum", "zero_padding": True}
     diff = ("tables", "columns", "mask_vector")
     check(lane, sequence_embedding, naive, inputs, options, dtype, diff)
@@ -93,6 +94,45 @@ def test_colliding_ids_and_views(lane):
     inputs["columns"] = [torch.full((20, 40), 3).T]
     inputs["tables"] = [torch.randn(7, 32, generator=torch.Generator().manual_seed(0))[:, ::2]]
     check(lane, sequence_embedding, naive, inputs, {}, torch.float32, ("tables",))
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_runs_of_ids(lane, dtype):
+    """Of 3,000 positions: rows that are sums of one, of 33, of 1,000 and of the other ones."""
+    inputs = make_inputs(150, 20, [40])
+    ids = torch.full((3000,), 2)
+    ids[:1000], ids[1000:1033], ids[1033] = 5, 1, 4
+    order = torch.randperm(3000, generator=torch.Generator().manual_seed(0))
+    inputs["columns"] = [ids[order].reshape(150, 20)]
+    check(lane, sequence_embedding, naive, inputs, {}, dtype, ("tables",))
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("aggregation", ["concat", "sum"])
+def test_views_that_start_and_step_anywhere(lane, dtype, aggregation):
+    """Rows of tables and numbers at every distance from an address that 16 divides."""
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 9, (6, 5), generator=g)
+    with run_on(lane, "sequence_embedding") as device:
+        for start in range(4):
+            for step in (16, 18, 21):
+                memory = torch.randn(9 * step, generator=g).to(device, dtype)
+                numbers = torch.randn(6, 5, step, 2, generator=g).to(device, dtype)
+                table = memory.as_strided((9, 8), (step, 1), start)
+                parts = [
+                    numbers[:, :, start : start + 8, 0],
+                    numbers[:, :, 2:10].flatten(2)[..., :8],
+                ]
+                columns = [ids.to(device), *parts]
+                out = sequence_embedding(columns, [table, None, None], aggregation=aggregation)
+                parts = [table[ids.to(device)], *parts]
+                if aggregation == "concat":
+                    assert torch.equal(out, torch.cat(parts, -1))
+                else:
+                    error = out.double() - torch.stack(parts).double().sum(0)
+                    assert error.abs().max() <= 8 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("lane", LANES)
@@ -178,6 +218,8 @@ def test_sparse_gradients_are_the_rows_of_dense_ones(lane, dtype):
         used = found.indices()[0].cpu()
         if lane == "cpu":  # only what occurs, each id once
             assert torch.equal(used, ids[counted].unique())
+        if lane in ("cuda", "cuda-on-cpu"):  # and the padding of positions that count not
+            assert torch.equal(used, torch.cat([torch.tensor([0]), ids[counted].unique()]))
         torch.testing.assert_close(found.to_dense(), dense)
         assert not dense[0].any()
 
@@ -225,6 +267,49 @@ def test_any_shape(lane, sessions, positions, widths, numbers, mask, zero_paddin
     diff = ("tables", "columns", "mask_vector")[: 3 if mask else 2]
     options = {"zero_padding": zero_padding}
     check(lane, sequence_embedding, naive, inputs, options, torch.float64, diff)
+
+
+@pytest.mark.parametrize("lane", [lane for lane in LANES if lane.startswith("cuda")])
+def test_cuda_gives_sparse_rows_of_a_size_that_depends_on_no_value(lane):
+    ids = torch.tensor([[3, 1, 3, 0], [3, 5, 0, 0]])
+    with run_on(lane, "sequence_embedding") as device:
+        table = torch.ones(6, 2, device=device, requires_grad=True)
+        out = sequence_embedding([ids.to(device)], [table], sparse=True)
+        (grad,) = torch.autograd.grad(out, table, torch.ones_like(out))
+    assert not grad.is_coalesced()
+    assert grad._indices().tolist() == [[1, 3, 3, 3, 5, 0, 0, 0]]
+    assert grad._values()[:, 0].tolist() == [1, 3, 0, 0, 1, 0, 0, 0]
+
+
+@pytest.mark.skipif("cuda-on-cpu" not in LANES, reason="there is no CUDA kernel")
+@pytest.mark.parametrize("wrong", [-1, 6, 2**40])
+def test_the_cuda_kernel_itself_refuses_ids_out_of_range(wrong):
+    """On a GPU it traps, which ends all work of the process: tried on the CPU only."""
+    ids = torch.full((3, 40), 2)
+    ids[2, 17] = wrong
+    with run_on("cuda-on-cpu", "sequence_embedding"):
+        emulated = torch.ops.t4r_fast_emulated
+    for sum in (False, True):
+        with pytest.raises(RuntimeError, match="ids from 0 to the rows of their table - 1"):
+            emulated.sequence_embedding_fwd([ids], [torch.ones(6, 2)], sum, None, None, False, 0)
+    arguments = [torch.ones(3, 40, 2), [ids], [6], [2], False, None, False, 0, False, [1, 0]]
+    with pytest.raises(RuntimeError, match="ids from 0 to the rows of their table - 1"):
+        emulated.sequence_embedding_bwd(*arguments)
+
+
+@pytest.mark.skipif("cuda-on-cpu" not in LANES, reason="there is no CUDA kernel")
+def test_the_cuda_op_checks_its_arguments():
+    with run_on("cuda-on-cpu", "sequence_embedding"):
+        forward = torch.ops.t4r_fast_emulated.sequence_embedding_fwd
+    rest = (False, None, None, False, 0)
+    with pytest.raises(RuntimeError, match="equally many, 1 to 40; got 41 and 41"):
+        forward([I] * 41, [W] * 41, *rest)
+    with pytest.raises(RuntimeError, match=r"columns must have shape \(2, 3\)"):
+        forward([I, I[:1]], [W, W], *rest)
+    with pytest.raises(RuntimeError, match="must be int64; got scalar type 3"):
+        forward([I.int()], [W], *rest)
+    with pytest.raises(RuntimeError, match="mask and mask_vector must be given together"):
+        forward([I], [W], False, M, None, False, 0)
 
 
 def test_sparse_gradients_for_some_tables():

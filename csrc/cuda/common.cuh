@@ -39,7 +39,7 @@ extern "C" __device__ void __assertfail(const char* message, const char* file, u
     kernel<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__); \
     ::t4r_fast::check_launch(#kernel);                                  \
   } while (false)
-#define SHARED(name, ...) __shared__::t4r_fast::Type<__VA_ARGS__> name
+#define SHARED(name, ...) __shared__ t4r_fast::Type<__VA_ARGS__> name
 #define DYNAMIC_SHARED(name, ...)                          \
   extern __shared__ uint4 t4r_fast_dynamic_shared_bytes[]; \
   __VA_ARGS__* name = reinterpret_cast<__VA_ARGS__*>(t4r_fast_dynamic_shared_bytes)
@@ -104,9 +104,15 @@ inline cudaStream_t current_stream(const Tensor&) {
 }
 #endif
 
-// Blocks for n things, at most `most`: a kernel strides over the rest. At least one block, for a
-// grid of none is an error.
-inline unsigned grid_for(int64_t n, int64_t per_block, int64_t most) {
+// A kernel strides over what is left: small for the tests, so that theirs do.
+#ifdef __CUDACC__
+constexpr int64_t kMostBlocks = 4096;
+#else
+constexpr int64_t kMostBlocks = 3;
+#endif
+
+// Blocks for n things, at least one: a grid of none is an error.
+inline unsigned grid_for(int64_t n, int64_t per_block, int64_t most = kMostBlocks) {
   const int64_t blocks = (n + per_block - 1) / per_block;
   return static_cast<unsigned>(blocks < 1 ? 1 : blocks < most ? blocks : most);
 }

@@ -53,7 +53,8 @@ def sequence_embedding(
                   looked up but gets no gradient from here
     sparse        for all tables or for each column: the gradient is a sparse tensor of the rows
                   that occur, as in torch.nn.Embedding: for leaf tensors, and not for
-                  torch.compile. A dense one is V x D zeros and the same rows
+                  torch.compile. A dense one is V x D zeros and the same rows. On a GPU a sparse
+                  one has B * L rows, zeros among them, not coalesced
     returns       (B, L, W) in the dtype of the tables
 
     Differentiable once in tables, continuous columns and mask_vector. Table gradients are sums in
@@ -276,13 +277,16 @@ class _SequenceEmbedding(torch.autograd.Function):
             if of_columns[f]:
                 dcolumns[f] = gradients[f].reshape(shape)
             elif of_tables[f] and options.sparse[f]:
-                # ids are ascending and different
+                # C++: ids are ascending and different. CUDA: a row for each position, see below
                 dtables[f] = torch.sparse_coo_tensor(
-                    ids[f][None], gradients[f], shape, is_coalesced=True, check_invariants=False
+                    *(ids[f][None], gradients[f], shape),
+                    is_coalesced=ctx.backend == "cpu",
+                    check_invariants=False,
                 )
             elif of_tables[f] and any(options.sparse):
                 dense = gradients[f].new_zeros(shape)
-                dtables[f] = dense.index_copy_(0, ids[f], gradients[f])
+                # of the rows of an id all but one are zeros: the same bits in any order
+                dtables[f] = dense.index_add_(0, ids[f], gradients[f])
             elif of_tables[f]:
                 dtables[f] = gradients[f]
         return None, None, vector if needs[2] else None, *dcolumns, *dtables
@@ -321,6 +325,12 @@ def _fake_bwd(
     sparse: bool,
     needs: list[int],
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Gradients of columns: their shape. Of tables: dense, or ids and rows if sparse.
+
+    A device cannot tell the host how many ids occur, so CUDA gives B * L rows: an id's gradient in
+    its first row, zeros in its other ones, and zeros for padding_idx (0 if the table has no such
+    row) in what is left. C++ gives the ids that occur, once, ascending.
+    """
     ids, gradients = [], []
     for column, size, width, needed in zip(columns, rows, widths, needs):
         shape: tuple[Any, ...] = (0,)
@@ -328,7 +338,10 @@ def _fake_bwd(
         if needed and column is None:
             shape = (*dout.shape[:2], width)
         elif needed and sparse:
-            found = torch.library.get_ctx().new_dynamic_size()
+            if dout.device.type == "cuda":
+                found = dout.shape[0] * dout.shape[1]
+            else:
+                found = torch.library.get_ctx().new_dynamic_size()
             shape = (found, width)
         elif needed:
             shape = (size, width)
