@@ -407,6 +407,14 @@ def test_dropout_and_feed_forward_width_are_forgotten_unless_asked_for(name, sai
     assert config.to_huggingface_torch_model().config.hidden_dropout_prob == 0.3
 
 
+def test_what_gpt2_and_electra_forget_can_be_given():
+    assert tr.GPT2Config.build(8, 2, 2, 6).layer_norm_epsilon == 1e-5
+    assert tr.GPT2Config.build(8, 2, 2, 6, layer_norm_epsilon=0.03).layer_norm_epsilon == 0.03
+    assert tr.ElectraConfig.build(8, 2, 2, 6).attention_probs_dropout_prob == 0.1
+    given = tr.ElectraConfig.build(8, 2, 2, 6, attention_probs_dropout_prob=0.3)
+    assert given.attention_probs_dropout_prob == 0.3
+
+
 @pytest.mark.parametrize("name", ["albert", "bert", "electra", "longformer", "roberta", "xlnet"])
 def test_padding_longer_changes_a_prediction_unless_padding_is_not_attended(name, said):
     moved = {}

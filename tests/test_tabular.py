@@ -8,6 +8,7 @@ import torch
 import t4r_fast.torch as tr
 from t4r_fast import compat
 from t4r_fast.schema import ColumnSchema, Schema, ValueCount
+from t4r_fast.torch.experimental import PostContextFusion
 from t4r_fast.torch.tabular.base import (
     tabular_aggregation_registry,
     tabular_transformation_registry,
@@ -249,6 +250,22 @@ def test_swap_noise_swaps_items_for_items_at_the_given_rate():
     assert noise.eval()(inputs) is inputs
 
 
+def test_swap_noise_of_one_column_with_a_mask_or_without():
+    noise = tr.StochasticSwapNoise(replacement_prob=1.0, noise_targets=False).train()
+    ids = torch.arange(1, 61).view(10, 6)
+    assert torch.equal(noise(ids).flatten().sort().values, ids.flatten())
+    mask = torch.arange(6) < torch.arange(10)[:, None]
+    out = noise({"item": ids}, input_mask=mask)["item"]
+    assert torch.equal(out[~mask], ids[~mask])
+    assert torch.equal(out[mask].sort().values, ids[mask])
+    vectors = torch.randn(10, 6, 3)
+    out = noise({"v": vectors}, input_mask=mask)["v"]
+    rows = {tuple(v) for v in vectors[mask].tolist()}
+    assert {tuple(v) for v in out[mask].tolist()} == rows
+    with pytest.raises(ValueError, match="together=True needs schema or input_mask"):
+        tr.StochasticSwapNoise(noise_targets=False, together=True).train()({"item": ids})
+
+
 def test_swap_noise_may_keep_an_item_and_its_side_features_together():
     noise = tr.StochasticSwapNoise(columns("item"), noise_targets=False, together=True)
     inputs, out = swapped(noise)
@@ -335,6 +352,18 @@ def test_given_vectors_are_combined(combiner):
     (block >> tr.MLPBlock([3]))(batch())
 
 
+def test_mlp_over_chosen_features():
+    features = tr.TabularFeatures.from_schema(columns("cat", "user"), embedding_dim_default=4)
+    body = tr.SequentialBlock(features, tr.MLPBlock([3], filter_features=["user"]))
+    given = {name: batch()[name] for name in ("cat", "user")}
+    assert body(given).shape == (3, 3)
+    assert torch.equal(body(given), body({**given, "cat": given["cat"] * 0}))
+    with pytest.raises(ValueError, match="filter_features goes with a block in front"):
+        tr.MLPBlock([3]).build(features.output_size())
+    with pytest.raises(ValueError, match="filter_features goes with a block in front"):
+        tr.MLPBlock([3], filter_features=["user"]).build((-1, 4))
+
+
 def test_given_weights_of_a_table_stay_unless_trainable():
     weights = torch.randn(30, 8)
     for trainable in (False, True):
@@ -419,6 +448,22 @@ def test_soft_embedding_is_a_mixture():
     torch.testing.assert_close(soft(x), weights @ soft.embedding_table.weight)
 
 
+def test_features_in_half_precision_join_tables_in_float32():
+    for names in (("item", "x", "vec"), ("x", "vec")):
+        block = tr.TabularSequenceFeatures.from_schema(
+            columns(*names),
+            aggregation="concat",
+            continuous_soft_embeddings=True,
+            layer_norm=False,
+            pretrained_output_dims=4,
+        )
+        given = {name: batch()[name] for name in names}
+        with torch.autocast("cpu", torch.bfloat16):
+            half = block(given)
+        assert half.dtype == torch.float32
+        torch.testing.assert_close(half, block(given), atol=0.03, rtol=0.03)
+
+
 def test_multi_hot_ids_may_be_ragged():
     config = {"a": tr.FeatureConfig(tr.TableConfig(9, 4, combiner="sum"))}
     block = tr.EmbeddingFeatures(config)
@@ -426,6 +471,32 @@ def test_multi_hot_ids_may_be_ragged():
     out = block({"a": (values, torch.tensor([[0], [2]]))})["a"]
     table = block.embedding_tables["a"].weight
     torch.testing.assert_close(out, torch.stack([table[1] + table[2], table[5]]))
+
+
+@pytest.mark.parametrize("kind", ["elementwise-mul", "elementwise-sum", "concat"])
+def test_a_context_of_the_session_joins_every_position(kind):
+    sequence = tr.SequentialBlock(
+        tr.TabularSequenceFeatures.from_schema(columns("item"), masking="mlm", d_output=8),
+        tr.MLPBlock([8]),
+    )
+    context = tr.TabularFeatures.from_schema(columns("user"), aggregation="concat")
+    block = PostContextFusion(sequence, context, kind)
+    given = {name: batch()[name] for name in ("item", "user")}
+    out = block(given)  # inference appends a position
+    assert out.shape == (3, 5, 72 if kind == "concat" else 8) == (3, 5, block.output_size()[-1])
+    hidden, user = sequence(given), context(given)[:, None].expand(-1, 5, -1)
+    if kind == "concat":
+        want = torch.cat([hidden, user], -1)
+    elif kind == "elementwise-mul":
+        want = hidden * (1 + block.context_projection(user))
+    else:
+        want = hidden + block.context_projection(user)
+    torch.testing.assert_close(out, want)
+    task = tr.NextItemPredictionTask(weight_tying=True)
+    model = tr.Model(tr.Head(block, task, inputs=block.inputs))
+    model(given, training=True)["loss"].backward()
+    with pytest.raises(ValueError, match="fusion_aggregation must be one of"):
+        PostContextFusion(sequence, context, "elementwise")
 
 
 def test_schema_text_keeps_the_width_of_vectors():

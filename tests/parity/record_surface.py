@@ -61,13 +61,24 @@ def bits(rows: torch.Tensor) -> list:
 
 def record_model(name: str) -> dict:
     module = surface.model(tr, schema, name)
-    found = surface.measure_model(module, lambda: torch.manual_seed(1))
     masking = module.heads[0].body[0].masking
-    found["targets_at"] = bits(masking.masked_targets != 0)
-    if getattr(masking, "perm_mask", None) is not None:
-        found["perm_mask"] = bits(masking.perm_mask)
-        found["target_mapping"] = bits(masking.target_mapping)
-    return found
+    drawn: dict[str, list] = {"targets_at": [], "perm_mask": [], "target_mapping": []}
+    original = masking.compute_masked_targets
+
+    def recording(item_ids, training=False, testing=False):
+        info = original(item_ids, training=training, testing=testing)
+        if training:
+            drawn["targets_at"].append(bits(info.targets != 0))
+            if isinstance(masking, tr.masking.PermutationLanguageModeling):
+                drawn["perm_mask"].append(bits(masking.perm_mask))
+                drawn["target_mapping"].append(bits(masking.target_mapping))
+        return info
+
+    masking.compute_masked_targets = recording
+    found = surface.measure_model(module, torch.manual_seed)
+    if len({str(step) for step in drawn["targets_at"]}) == 1:
+        drawn = {what: steps[:1] for what, steps in drawn.items()}  # nothing random
+    return {**found, **{what: steps for what, steps in drawn.items() if steps}}
 
 
 def rounded(value):

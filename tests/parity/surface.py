@@ -179,8 +179,8 @@ def measure_block(module: torch.nn.Module, columns: list[str]) -> dict:
     return {**found, "gradients": gradients(module)}
 
 
-def measure_model(module: torch.nn.Module, mask_training: Callable[[], None]) -> dict:
-    """mask_training() is called before the training pass, which is done without dropout."""
+def measure_model(module: torch.nn.Module, mask_training: Callable[[int], None]) -> dict:
+    """mask_training(step) is called before each training pass; they are done without dropout."""
     set_weights(module)
     module.eval()
     inputs = batch(ITEM_CAT)
@@ -194,7 +194,17 @@ def measure_model(module: torch.nn.Module, mask_training: Callable[[], None]) ->
         "inference": some(scores),
         "parameters": sorted(name for name, _ in module.named_parameters()),
     }
-    mask_training()
-    loss = module(inputs, training=True)["loss"]
-    loss.backward()
-    return {**found, "training_loss": float(loss.detach()), "gradients": gradients(module)}
+    optimizer = torch.optim.AdamW(module.parameters(), lr=problem.LEARNING_RATE)
+    found["training_losses"] = []
+    for step in range(problem.STEPS):
+        mask_training(step)
+        optimizer.zero_grad()
+        loss = module(inputs, training=True)["loss"]
+        loss.backward()
+        found["training_losses"].append(float(loss.detach()))
+        if step == 0:
+            found["gradients"] = gradients(module)
+        optimizer.step()
+    with torch.no_grad():
+        found["inference_after"] = some(module(inputs))
+    return found

@@ -17,11 +17,13 @@ class _OverLastAxis(nn.BatchNorm1d):
 class MLPBlock(BuildableBlock):
     """Linear -> activation -> normalization -> dropout, once per entry of `dimensions`.
 
-    dimensions     int or list of output widths
-    activation     module class, or None for a linear map
-    use_bias       bias in the linear layers
-    dropout        probability in [0, 1), or None
-    normalization  None or "batch_norm"
+    dimensions       int or list of output widths
+    activation       module class, or None for a linear map
+    use_bias         bias in the linear layers
+    dropout          probability in [0, 1), or None
+    normalization    None or "batch_norm"
+    filter_features  names of the features that are joined and used, behind a block that gives a
+                     dict of features. The reference takes the argument and does nothing with it
 
     Replaces transformers4rec.torch.MLPBlock.
     """
@@ -33,6 +35,7 @@ class MLPBlock(BuildableBlock):
         use_bias: bool = True,
         dropout: float | None = None,
         normalization: str | None = None,
+        filter_features: list[str] | None = None,
     ) -> None:
         self.dimensions = [dimensions] if isinstance(dimensions, int) else list(dimensions)
         if not self.dimensions or min(self.dimensions) < 1:
@@ -45,8 +48,24 @@ class MLPBlock(BuildableBlock):
         self.use_bias = use_bias
         self.dropout = dropout
         self.normalization = normalization
+        self.filter_features = filter_features
 
-    def build(self, input_size: Size) -> SequentialBlock:
+    def build(self, input_size: Size | dict[str, Size]) -> SequentialBlock:
+        if isinstance(input_size, dict) != (self.filter_features is not None):
+            raise ValueError(
+                "MLPBlock: filter_features goes with a block in front that gives a dict of features"
+                f" (one without aggregation); got filter_features={self.filter_features!r} behind"
+                f" outputs of size {input_size}"
+            )
+        if self.filter_features is not None:
+            from t4r_fast.torch.tabular.base import FilterFeatures, TabularBlock
+
+            chosen = TabularBlock(pre=FilterFeatures(self.filter_features), aggregation="concat")
+            chosen.build(input_size)
+            return SequentialBlock(chosen, *self._layers(chosen.output_size()))
+        return SequentialBlock(*self._layers(input_size))
+
+    def _layers(self, input_size: Size) -> list[SequentialBlock]:
         leading, width = tuple(input_size[:-1]), int(input_size[-1])
         layers = []
         for out in self.dimensions:
@@ -59,4 +78,4 @@ class MLPBlock(BuildableBlock):
                 parts.append(nn.Dropout(self.dropout))
             layers.append(SequentialBlock(*parts, output_size=(*leading, out)))
             width = out
-        return SequentialBlock(*layers)
+        return layers

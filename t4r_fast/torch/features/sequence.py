@@ -362,11 +362,13 @@ def _joined(
     if not lengths:
         features = _features(parts, padding_idx)
         return (ConcatFeatures() if kind == "concat" else ElementwiseSum())(features)
-    floats = [c if table is None else table.weight for c, table in named]
+    # under autocast features of a module come in half precision, the tables stay float32
+    weights = [table.weight.dtype for _, table in named if table is not None]
+    dtype = weights[0] if weights else torch.float32
     columns = []
     for c, table in named:
         if table is None:
-            c = c.to(floats[0].dtype)
+            c = c.to(dtype)
         sequence = c.dim() > (1 if table is not None else 2)
         columns.append(c if sequence else c.unsqueeze(1).expand(-1, lengths[0], *c.shape[1:]))
     return sequence_embedding(
