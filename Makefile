@@ -7,6 +7,8 @@ TORCH ?= torch==2.13.0
 # several GB. TORCH_INDEX= (empty) asks the configured indexes alone.
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
 JOBS ?= auto
+# Without a GPU one architecture shows that the CUDA ops compile. A wheel has all of them.
+export T4R_FAST_CUDA_ARCHS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo 90a)
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check

@@ -1,7 +1,13 @@
 """Builds the C++ parts by CMake and Ninja; everything else is in pyproject.toml.
 
-t4r_fast/libt4r_fast_cpu.so  the C++ ops; needs a C++17 compiler and the headers of torch >= 2.11
-t4r_fast/_C.*.so             facts of the machine for `t4r-fast doctor`; needs Python.h as well
+t4r_fast/libt4r_fast_cpu.so   the C++ ops; needs a C++17 compiler and the headers of torch >= 2.11
+t4r_fast/libt4r_fast_cuda.so  the CUDA ops; needs nvcc as well, and no GPU
+t4r_fast/_C.*.so              facts of the machine for `t4r-fast doctor`; needs Python.h
+
+T4R_FAST_CUDA=0|1    leave the CUDA ops out, or refuse to build without nvcc; by default they are
+                     built where nvcc is on the path
+T4R_FAST_CUDA_ARCHS  the GPUs they are built for, "80;86;90a;100;120" by default as far as nvcc
+                     knows them; the last one also as PTX, for later GPUs
 """
 
 from __future__ import annotations
@@ -20,7 +26,8 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-LIBRARY = "libt4r_fast_cpu.so"
+LIBRARY, CUDA_LIBRARY = "libt4r_fast_cpu.so", "libt4r_fast_cuda.so"
+CUDA_ARCHS = ("80", "86", "90a", "100", "120")
 HOST = "_C" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
 MIN_TORCH = (2, 11)
 MIN_CMAKE = (3, 24)
@@ -92,6 +99,34 @@ def host_definitions() -> tuple[list[str], str | None]:
     ], None
 
 
+def nvcc() -> tuple[str | None, str]:
+    """The compiler of the CUDA ops, or None and why they are left out."""
+    wanted = os.environ.get("T4R_FAST_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        stop(f"T4R_FAST_CUDA must be 0 or 1; got {wanted!r}")
+    if wanted == "0":
+        return None, "T4R_FAST_CUDA=0"
+    path = shutil.which("nvcc")
+    if path is None and wanted == "1":
+        stop("T4R_FAST_CUDA=1, but nvcc is not on the path: add the bin folder of CUDA to PATH")
+    return path, "nvcc is not on the path"
+
+
+def cuda_archs(path: str) -> list[str]:
+    """The architectures of T4R_FAST_CUDA_ARCHS, else those of CUDA_ARCHS that this nvcc knows."""
+    wanted = [
+        arch for arch in re.split("[;, ]+", os.environ.get("T4R_FAST_CUDA_ARCHS", "")) if arch
+    ]
+    wrong = [arch for arch in wanted if not re.fullmatch(r"\d{2,3}[af]?", arch)]
+    if wrong:
+        stop(f"T4R_FAST_CUDA_ARCHS must hold numbers such as 80;90a; got {', '.join(wrong)}")
+    if wanted:
+        return wanted
+    shown = subprocess.run([path, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    known = set(re.findall(r"compute_(\d+)", shown))
+    return [arch for arch in CUDA_ARCHS if arch.rstrip("a") in known] or list(CUDA_ARCHS)
+
+
 class CMakeBuild(build_ext):
     """One CMake run for all extensions; in the package folder for an editable install."""
 
@@ -106,6 +141,13 @@ class CMakeBuild(build_ext):
         sources = sorted(path.name for path in (ROOT / "csrc" / "cpu").glob("*.cpp"))
         self.say(f"torch {importlib.metadata.version('torch')} in {torch_root}, compiler {cxx}")
         self.say(f"{output / LIBRARY}: {', '.join(sources)}")
+        cuda, cuda_missing = nvcc()
+        archs = cuda_archs(cuda) if cuda else []
+        kernels = sorted(path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+        part = f"{', '.join(kernels)} for {', '.join(archs)}" if cuda else cuda_missing
+        self.say(f"{output / CUDA_LIBRARY}: {'' if cuda else 'left out, '}{part}")
+        if cuda is None:  # not one of an earlier build, whose sources may be others
+            (output / CUDA_LIBRARY).unlink(missing_ok=True)
         part = f"left out, {host_missing}" if host_missing else "host.cpp"
         self.say(f"{output / HOST}: {part}")
         build = Path(self.build_temp).resolve() / "cmake"
@@ -117,6 +159,8 @@ class CMakeBuild(build_ext):
             f"-DTORCH_ROOT={torch_root}",
             f"-DT4R_FAST_OUTPUT={output}",
             f"-DT4R_FAST_SANITIZE={os.environ.get('T4R_FAST_SANITIZE', '')}",
+            f"-DT4R_FAST_CUDA={cuda or ''}",
+            f"-DT4R_FAST_CUDA_ARCHS={';'.join(archs)}",
             *host,
         ]
         self.step("configure", configure)
@@ -131,7 +175,8 @@ class CMakeBuild(build_ext):
 
     def get_outputs(self) -> list[str]:
         folder = self.package_folder()
-        return [str(folder / name) for name in (LIBRARY, HOST) if (folder / name).exists()]
+        names = (LIBRARY, CUDA_LIBRARY, HOST)
+        return [str(folder / name) for name in names if (folder / name).exists()]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {
