@@ -210,7 +210,7 @@ def _fake_fwd(
         hidden.new_empty(size, dtype=dtype),
         hidden.new_empty(size, dtype=torch.float64),
         hidden.new_empty((size, stash_items), dtype=dtype),
-        hidden.new_empty((size if need_mean else 0, hidden.shape[1]), dtype=torch.float32),
+        hidden.new_empty((size if need_mean else 0, hidden.shape[1]), dtype=dtype),
     )
 
 
@@ -238,8 +238,8 @@ _OPTIONS = "float temperature, float softcap, float label_smoothing, float z_los
 # What forward may keep for backward, R rows of the output:
 # stash  (R, stash_items)  type of the sums: the scores of that many items, in the order and layout
 #                          of the backend that reads them again
-# mean   (R, D) float32    if need_mean, else (0, D): a row's mean of the items under its softmax,
-#                          each item times the slope of the softcap
+# mean   (R, D)            type of the sums; if need_mean, else (0, D): a row's mean of the items
+#                          under its softmax, each item times the slope of the softcap
 backend.declare(
     "tied_softmax_loss",
     "tied_softmax_loss_fwd(Tensor hidden, Tensor items, Tensor target, Tensor? bias, Tensor? rows,"
