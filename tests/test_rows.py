@@ -24,7 +24,6 @@ ROWS_WITHOUT = {
         "tied_table_step": TRITON,
     },
     "kernels/triton": {
-        "item_topk": LATER,
         "log_uniform_sample": LATER,
         "mask_causal": LATER,
         "mask_mlm": LATER,

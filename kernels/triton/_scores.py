@@ -137,9 +137,10 @@ class Problem:
         key = _tuning.key(self.hidden, rows=self.entries, items=items, width=width)
         return _tuning.fixed(_SCORES, CONFIGS, key)
 
-    def grid(self, chosen: Config) -> tuple[tuple[int, int], int]:
-        """Row blocks and splits of the items; tiles of items in a split."""
-        return grid(self.entries, self.items.shape[0], chosen, _tuning.processors(self.hidden))
+    def grid(self, chosen: Config, programs: int) -> tuple[tuple[int, int], int]:
+        """Row blocks and splits of the items, for some programs per processor; tiles in a split."""
+        wanted = programs * _tuning.processors(self.hidden)
+        return grid(self.entries, self.items.shape[0], chosen, wanted)
 
     def arguments(self) -> dict[str, Any]:
         """The arguments that the kernels of both ops have, but for the tiles."""
@@ -166,12 +167,11 @@ class Problem:
         }
 
 
-def grid(entries: int, items: int, chosen: Config, processors: int) -> tuple[tuple[int, int], int]:
+def grid(entries: int, items: int, chosen: Config, programs: int) -> tuple[tuple[int, int], int]:
     blocks = triton.cdiv(entries, chosen["BLOCK_N"])
     tiles = triton.cdiv(items, chosen["BLOCK_V"])
     least = 1 if _tuning.interpreted() else MIN_TILES
-    # some programs per processor, so that the last ones to end leave few processors idle
-    splits = min(max(4 * processors // max(blocks, 1), 1), triton.cdiv(tiles, least))
+    splits = min(max(programs // max(blocks, 1), 1), triton.cdiv(tiles, least))
     each = min(triton.cdiv(tiles, splits), MAX_SPLIT // chosen["BLOCK_V"])
     return (blocks, triton.cdiv(tiles, each)), each
 

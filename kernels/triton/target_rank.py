@@ -120,6 +120,9 @@ def _target_rank_fwd_kernel(
     tl.atomic_add(after_ptr + entry, after.to(tl.int64), mask=kept & (after > 0), sem="relaxed")
 
 
+_PROGRAMS = 4  # per processor, so that the last ones to end leave few processors idle
+
+
 def target_rank_fwd(
     hidden: Tensor,
     items: Tensor,
@@ -132,7 +135,7 @@ def target_rank_fwd(
     problem = Problem(hidden, items, bias, rows)
     above, before, after = (target.new_zeros((problem.entries,)) for _ in range(3))
     chosen = problem.config()
-    grid, tiles = problem.grid(chosen)
+    grid, tiles = problem.grid(chosen, _PROGRAMS)
     launch(
         _target_rank_fwd_kernel,
         grid,
