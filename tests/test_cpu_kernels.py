@@ -1,6 +1,7 @@
 """The C++ kernels of the item ops: block boundaries, instruction sets, threads, offsets, memory."""
 
 import itertools
+import math
 import os
 import platform
 import subprocess
@@ -185,16 +186,16 @@ def test_offsets_past_2_to_the_31():
 
 @pytest.mark.parametrize("function", ["fwd", "bwd", "rank", "topk"])
 def test_opcheck(function):
-    inputs = make_inputs(9, 30, 6, bias=True)
-    rows = torch.tensor([8, 0, -1, 3, 3])
+    inputs = make_inputs(9, 192, 6, bias=True)
+    rows = torch.tensor([8, 0, 1, 3] * 4)  # whole vectors and tiles: nothing of stash is left out
     tensors = [inputs[k] for k in ("hidden", "items", "target", "bias")] + [rows]
     options = (2.0, 3.0, 0.1, 0.01, -100)
     with run_on("cpu", LOSS):
-        found = torch.ops.t4r_fast.tied_softmax_loss_fwd(*tensors, *options, 0, False)
+        found = torch.ops.t4r_fast.tied_softmax_loss_fwd(*tensors, *options, 96, False)
     loss, *kept = found  # lse, stash, mean
     ops = torch.ops.t4r_fast
     if function == "fwd":
-        torch.library.opcheck(ops.tied_softmax_loss_fwd, (*tensors, *options, 0, False))
+        torch.library.opcheck(ops.tied_softmax_loss_fwd, (*tensors, *options, 96, False))
     if function == "rank":
         torch.library.opcheck(ops.target_rank_fwd, (*tensors, -100))
     if function == "topk":
@@ -205,6 +206,28 @@ def test_opcheck(function):
         given = (torch.ones_like(loss), torch.ones_like(loss), *tensors, *kept, *options)
         for needs in ((True, True, True), (False, True, False)):
             torch.library.opcheck(ops.tied_softmax_loss_bwd, (*given, *needs))
+
+
+def test_backward_reads_the_scores_that_were_kept():
+    inputs = make_inputs(32, 960, 8)
+    tensors = [inputs[k] for k in ("hidden", "items", "target")]
+    options = (1.0, 0.0, 0.0, 0.0, -100)
+    ops = torch.ops.t4r_fast
+    loss, lse, stash, mean = ops.tied_softmax_loss_fwd(*tensors, None, None, *options, 480, False)
+    scores = inputs["hidden"] @ inputs["items"].T
+    assert stash.shape == (32, 480)
+    assert torch.isin(stash.mul(1e3).round(), scores.mul(1e3).round()).float().mean() > 0.99
+    dloss = torch.ones_like(loss)
+    found = []
+    for kept in (stash, stash + math.log(2), stash[:, :0].contiguous()):
+        given = (dloss, 0 * dloss, *tensors, None, None, lse, kept, mean, *options)
+        found.append(ops.tied_softmax_loss_bwd(*given, True, True, False)[1])
+    assert torch.equal(found[0], found[2])
+    # five of the ten tiles of items have twice the probability, spread evenly
+    changed = [
+        bool((a - b).abs().max() > 0) for a, b in zip(found[0].split(96), found[1].split(96))
+    ]
+    assert changed == [False, True] * 5
 
 
 def python(code, **environment):
@@ -223,20 +246,21 @@ import resource, torch
 from t4r_fast.ops.tied_softmax_loss import tied_softmax_loss
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-def step(n, v):
-    hidden, items = torch.randn(n, 16, requires_grad=True), torch.randn(v, 16, requires_grad=True)
+def step(n, v, d):
+    hidden, items = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
     target = torch.randint(0, v, (n,))
     start = peak()
     tied_softmax_loss(hidden, items, target).backward()
     return peak() - start - 4 * (hidden.numel() + items.numel())
-step(8, 8)
-print(step(4096, 40_000))
+step(8, 8, 8)
+print(step(*SHAPE))
 """
 
 
-def test_memory_beyond_gradients_is_below_64_mib():
-    """4096 x 40,000 logits would be 625 MiB."""
-    done = python(MEMORY)
+@pytest.mark.parametrize("shape", [(4096, 40_000, 16), (1024, 60_000, 256)], ids=str)
+def test_memory_beyond_gradients_is_below_64_mib(shape):
+    """4096 x 40,000 logits would be 625 MiB. Wide items keep some scores from forward."""
+    done = python(MEMORY.replace("SHAPE", str(shape)))
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 64 * 2**20
 
@@ -256,7 +280,7 @@ def test_every_instruction_set(isa):
     ops = [op for op in (LOSS, "target_rank", "item_topk") if "cpu" in lanes(op)]
     files = [str(ROOT / f"tests/test_{op}.py") for op in ops]
     files.append(str(ROOT / "tests/test_cpu_calls.py"))
-    chosen = "block_boundaries or memory_anywhere or (one-chunk and cpu)"
+    chosen = "block_boundaries or workspace or memory_anywhere or (one-chunk and cpu)"
     options = ["-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
     code = f"import pytest; raise SystemExit(pytest.main({[*files, __file__, *options]!r}))"
     done = python(code, T4R_FAST_CPU_ISA=isa)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t4r_fast import backend
-from t4r_fast.ops.tied_softmax_loss import tied_softmax_loss
+from t4r_fast.ops.tied_softmax_loss import _stash_items, tied_softmax_loss
 from t4r_fast.reference import _scores
 
 LANES = lanes("tied_softmax_loss")
@@ -256,6 +256,48 @@ def test_repeats_bit_for_bit(lane):
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
 
 
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["all"]], ids=["plain", "all"])
+@pytest.mark.parametrize("shape", [(50, 1000, 20), (64, 960, 130), (23, 97, 8), (3, 500, 8)])
+def test_workspace_changes_no_bit(lane, shape, options):
+    """Scores that are kept are the ones that would be made again."""
+    n, v, _ = shape
+    inputs = make_inputs(*shape, bias=True)
+    inputs["target"][::5] = -100
+    found = []
+    with run_on(lane, "tied_softmax_loss") as device:
+        for kept in (0, 96, v // 2, v, 10 * v):
+            leaves = {
+                k: t.clone().to(device).requires_grad_(t.is_floating_point())
+                for k, t in inputs.items()
+            }
+            tied_softmax_loss(**leaves, **options, workspace_bytes=4 * n * kept).backward()
+            found.append([leaves[k].grad for k in ("hidden", "items", "bias")])
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
+
+
+def test_default_workspace():
+    """Wide items and few rows keep their scores; at most 64 MiB with all else; none if narrow."""
+    for n, v, d in [(1008, 118335, 256), (64, 118335, 128), (4096, 2000, 1024), (256, 10**7, 192)]:
+        items = torch.empty(v, d, device="meta")
+        kept = _stash_items(n, items, None) * n * 4
+        assert kept + 3 * n * d * 4 <= 64 * 2**20 or kept == 0
+    assert _stash_items(1008, torch.empty(118335, 256, device="meta"), None) > 10000
+    assert _stash_items(64, torch.empty(118335, 128, device="meta"), None) == 118335
+    assert _stash_items(64, torch.empty(118335, 64, device="meta"), None) == 0
+
+
+def test_workspace_is_only_taken_for_a_gradient():
+    inputs = make_inputs(64, 4000, 8)
+    leaves = {k: t.requires_grad_(t.is_floating_point()) for k, t in inputs.items()}
+    for grad, most in ((True, 64 * 4000), (False, 64)):
+        with torch.set_grad_enabled(grad), LargestTensor() as seen:
+            tied_softmax_loss(**leaves, workspace_bytes=2**30)
+        expected = most if backend.pick("tied_softmax_loss", leaves["items"]) == "cpu" else 0
+        assert seen.elements >= expected
+        assert grad or seen.elements <= most
+
+
 def test_memory_is_one_chunk(monkeypatch):
     monkeypatch.setattr(_scores, "CHUNK_BYTES", 64 * 100 * 4)
     monkeypatch.setattr(_scores, "MIN_CHUNK", 1)
@@ -291,13 +333,15 @@ def test_second_derivative_is_refused():
         torch.autograd.grad(loss, hidden, create_graph=True)
 
 
-def test_compiles_to_one_graph():
+@pytest.mark.parametrize("workspace", [None, 2**20])
+def test_compiles_to_one_graph(workspace):
     inputs = make_inputs(13, 30, 6)
     inputs["target"][3] = -100
-    rows = torch.tensor([4, -1, 3, 0, 0])
+    rows = torch.tensor([4, -1, 3, 0, 0] * 4)
 
     def step(hidden, items):
-        return tied_softmax_loss(hidden, items, inputs["target"], rows=rows, z_loss=0.1)
+        options = {"z_loss": 0.1, "workspace_bytes": workspace}
+        return tied_softmax_loss(hidden, items, inputs["target"], rows=rows, **options)
 
     grads = []
     for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
@@ -330,6 +374,12 @@ ERRORS = {
     "softcap": ((H, W, T), {"softcap": -1.0}, ValueError, "softcap must be >= 0 .*got -1"),
     "smoothing": ((H, W, T), {"label_smoothing": 1.5}, ValueError, "label_smoothing .* got 1.5"),
     "z_loss": ((H, W, T), {"z_loss": math.nan}, ValueError, "z_loss must be >= 0 .*got nan"),
+    "workspace": (
+        (H, W, T),
+        {"workspace_bytes": -1},
+        ValueError,
+        r"workspace_bytes must be >= 0 .* got -1",
+    ),
     "reduction": ((H, W, T), {"reduction": "max"}, ValueError, "mean, sum, none; got 'max'"),
 }
 

@@ -6,6 +6,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -45,6 +49,21 @@ class Buffer {
  private:
   std::unique_ptr<T, Free> data_;
 };
+
+// Large pages for a large new tensor: the kernel hands out 4 KiB at a time otherwise, which took
+// 75 ms for the gradient of 118k items of width 256, more than making it for 16 rows. Pages that
+// are there already stay as they are.
+inline void use_huge_pages([[maybe_unused]] const Tensor& tensor) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  const uintptr_t bytes = static_cast<uintptr_t>(tensor.numel()) * tensor.element_size();
+  const uintptr_t first = (start + kPage - 1) / kPage * kPage,
+                  last = (start + bytes) / kPage * kPage;
+  // Advice: a system without them goes on as before.
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
 
 inline int64_t round_up(int64_t n, int64_t unit) {
   return (n + unit - 1) / unit * unit;

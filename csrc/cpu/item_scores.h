@@ -15,6 +15,7 @@ using t4r_fast::ItemTable;
 using t4r_fast::kBlock;
 using t4r_fast::kBlockStride;
 using t4r_fast::kChunk;
+using t4r_fast::kFewRows;
 using t4r_fast::kPanel;
 using t4r_fast::kTile;
 using t4r_fast::PackedRows;
@@ -67,20 +68,37 @@ void pack_rows(const Matrix& from, const int64_t* source, const PackedRows<typen
 template <typename T>
 struct Tile {
   const T* items;
-  int64_t stride, first;
+  int64_t stride;  // from item to item
+  int64_t padded, first;
   int count;
-  const T* bias;  // kTile entries, or null
+  bool in_chunks;  // of columns, kTile items in each; without a stride
+  const T* bias;   // kTile entries, or null
+  // The tile to prefetch, in bytes; no width, no prefetching.
+  uintptr_t next;
+  int64_t next_stride, next_width;
 };
 
+inline int64_t item_bytes(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
+
 // The items [index * kTile, ...) as they lie where that is possible, else converted to `copy`
-// (kTile x padded) with zeros past the table's width and end.
+// (kTile x padded) with zeros past the table's width and end. `apart` tiles further is the one to
+// prefetch.
 template <typename T>
-Tile<T> load_tile(const ItemTable& table, int64_t index, int64_t padded, T* copy, T* bias) {
+Tile<T> load_tile(const ItemTable& table, int64_t index, int64_t padded, T* copy, T* bias,
+                  int64_t apart = 1) {
   Tile<T> tile;
   tile.first = index * kTile;
+  tile.padded = padded;
   tile.count =
       static_cast<int>(table.count - tile.first < kTile ? table.count - tile.first : kTile);
   const Matrix& items = table.items;
+  const int64_t bytes = item_bytes(items.dtype);
+  tile.next_stride = items.stride * bytes;
+  tile.next_width = table.width * bytes;
+  tile.next = reinterpret_cast<uintptr_t>(items.data) +
+              static_cast<uintptr_t>((tile.first + apart * kTile) * tile.next_stride);
   if (is_type<T>(items.dtype) && tile.count == kTile && padded == table.width) {
     tile.items = static_cast<const T*>(items.data) + tile.first * items.stride;
     tile.stride = items.stride;
@@ -94,6 +112,7 @@ Tile<T> load_tile(const ItemTable& table, int64_t index, int64_t padded, T* copy
     tile.items = copy;
     tile.stride = padded;
   }
+  tile.in_chunks = false;
   tile.bias = nullptr;
   if (table.bias.data) {
     for (int v = 0; v < kTile; ++v) {
@@ -105,6 +124,23 @@ Tile<T> load_tile(const ItemTable& table, int64_t index, int64_t padded, T* copy
   return tile;
 }
 
+// The tile's items in chunks of columns.
+template <class X>
+void to_chunks(Tile<typename X::T>* tile, typename X::T* chunks) {
+  using T = typename X::T;
+  const int64_t padded = tile->padded;
+  for (int64_t column = 0; column < padded; column += kChunk<T>) {
+    const int64_t chunk = chunk_width<T>(padded, column);
+    for (int v = 0; v < tile->count; ++v) {
+      const T* in = tile->items + v * tile->stride + column;
+      T* out = chunks + column * kTile + v * chunk;
+      for (int64_t k = 0; k < chunk; k += X::L) X::store(out + k, X::load(in + k));
+    }
+  }
+  tile->items = chunks;
+  tile->in_chunks = true;
+}
+
 // The right side of a product: rows of `stride`, or, where that is 0, rows [first, ...) of a matrix
 // of `rows` rows in chunks of columns.
 template <typename T>
@@ -113,55 +149,54 @@ struct Right {
   int64_t stride, rows, first;
 };
 
-// The tile's items as the right side, copied to `chunks` (kTile x padded) where that pays.
-template <class X>
-Right<typename X::T> items_on_right(const Tile<typename X::T>& tile, int64_t padded, int64_t uses,
-                                    typename X::T* chunks) {
-  using T = typename X::T;
-  if (padded <= kChunk<T> || uses < 16) return {tile.items, tile.stride, 0, 0};
-  for (int64_t column = 0; column < padded; column += kChunk<T>) {
-    const int64_t chunk = chunk_width<T>(padded, column);
-    for (int v = 0; v < tile.count; ++v) {
-      const T* in = tile.items + v * tile.stride + column;
-      T* out = chunks + column * kTile + v * chunk;
-      for (int64_t k = 0; k < chunk; k += X::L) X::store(out + k, X::load(in + k));
-    }
-  }
-  return {chunks, 0, kTile, 0};
+template <typename T>
+Right<T> items_on_right(const Tile<T>& tile) {
+  return {tile.items, tile.in_chunks ? 0 : tile.stride, kTile, 0};
 }
 
 // ---- scores
 
-// scores[v][row] for R items and C vectors of rows. Every score is its bias plus the products in
-// the order of k, whatever R and C are: an item's score does not depend on its place.
-template <class X, int R, int C>
-ALWAYS_INLINE void score_group(int64_t width, const typename X::T* items, int64_t stride,
-                               const typename X::T* bias, const typename X::T* rows,
-                               typename X::T* scores, int64_t scores_stride) {
+// scores[v][row] for R items from v on and C vectors of rows. Every score is its bias plus the
+// products in the order of k, whatever R and C are: an item's score does not depend on its place.
+template <class X, int R, int C, bool kBias>
+ALWAYS_INLINE void score_group(const Tile<typename X::T>& tile, int64_t v, int64_t width,
+                               const typename X::T* rows, typename X::T* scores,
+                               int64_t scores_stride) {
+  using T = typename X::T;
   typename X::V acc[R][C];
 #pragma GCC unroll 32
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) acc[r][c] = bias ? X::set1(bias[r]) : X::zero();
+    for (int c = 0; c < C; ++c) acc[r][c] = kBias ? X::set1(tile.bias[v + r]) : X::zero();
   }
-  // A pointer to every fourth item and three distances: addresses for the load instruction itself.
-  // With R pointers the compiler reloads them from the stack for every k.
-  const typename X::T* at[(R + 3) / 4];
-#pragma GCC unroll 8
-  for (int q = 0; q < (R + 3) / 4; ++q) at[q] = items + 4 * q * stride;
-  const int64_t stride3 = 3 * stride;
-  for (int64_t k = 0; k < width; ++k) {
-    typename X::V b[C];
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) b[c] = X::load(rows + c * X::L);
-    rows += C * X::L;
-#pragma GCC unroll 32
-    for (int r = 0; r < R; ++r) {
-      const int64_t apart = r % 4 == 3 ? stride3 : r % 4 * stride;
-      const typename X::V a = X::set1(at[r / 4][apart + k]);
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) acc[r][c] = X::fma(a, b[c], acc[r][c]);
+  for (int64_t column = 0; column < width;) {
+    int64_t stop = width, stride = tile.stride;
+    const T* items = tile.items + v * stride;
+    if (tile.in_chunks) {
+      stride = chunk_width<T>(tile.padded, column);
+      items = tile.items + column * kTile + v * stride;
+      if (column + stride < width) stop = column + stride;
     }
+    // A pointer to every fourth item and three distances: addresses for the load instruction
+    // itself. With R pointers the compiler reloads them from the stack for every k.
+    const T* at[(R + 3) / 4];
+#pragma GCC unroll 8
+    for (int q = 0; q < (R + 3) / 4; ++q) at[q] = items + 4 * q * stride;
+    const int64_t stride3 = 3 * stride, depth = stop - column;
+    for (int64_t k = 0; k < depth; ++k) {
+      typename X::V b[C];
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) b[c] = X::load(rows + c * X::L);
+      rows += C * X::L;
+#pragma GCC unroll 32
+      for (int r = 0; r < R; ++r) {
+        const int64_t apart = r % 4 == 3 ? stride3 : r % 4 * stride;
+        const typename X::V a = X::set1(at[r / 4][apart + k]);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) acc[r][c] = X::fma(a, b[c], acc[r][c]);
+      }
+    }
+    column = stop;
   }
 #pragma GCC unroll 32
   for (int r = 0; r < R; ++r) {
@@ -172,14 +207,12 @@ ALWAYS_INLINE void score_group(int64_t width, const typename X::T* items, int64_
 
 // R short rows at once are too many streams for the hardware's prefetcher: with 16 rows of hidden a
 // pass over 118k items of width 64 took twice as long. Past the table's end it does no harm.
-template <typename T, int R>
-ALWAYS_INLINE void prefetch_items(const T* items, int64_t stride, int64_t width) {
-  for (int r = 0; r < R; ++r) {
-    for (int64_t k = 0; k < width; k += 64 / sizeof(T)) {
-      __builtin_prefetch(
-          reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(items) +
-                                        static_cast<uintptr_t>(r * stride + k) * sizeof(T)),
-          0, 2);
+template <typename T>
+ALWAYS_INLINE void prefetch_items(const Tile<T>& tile, int64_t v, int count) {
+  for (int64_t r = v; r < v + count; ++r) {
+    const uintptr_t row = tile.next + static_cast<uintptr_t>(r * tile.next_stride);
+    for (int64_t i = 0; i < tile.next_width; i += 64) {
+      __builtin_prefetch(reinterpret_cast<const void*>(row + static_cast<uintptr_t>(i)), 0, 2);
     }
   }
 }
@@ -188,25 +221,26 @@ template <class X, int R, int C>
 void score_groups(const Tile<typename X::T>& tile, int64_t width, const typename X::T* rows,
                   typename X::T* scores, int64_t scores_stride, bool ahead) {
   for (int v = 0; v < tile.count; v += R) {
-    const typename X::T* items = tile.items + v * tile.stride;
-    if (ahead) prefetch_items<typename X::T, R>(items + kTile * tile.stride, tile.stride, width);
+    if (ahead) prefetch_items(tile, v, R);
     typename X::T* out = scores + v * scores_stride;
     if (tile.bias) {
-      score_group<X, R, C>(width, items, tile.stride, tile.bias + v, rows, out, scores_stride);
+      score_group<X, R, C, true>(tile, v, width, rows, out, scores_stride);
     } else {
-      score_group<X, R, C>(width, items, tile.stride, nullptr, rows, out, scores_stride);
+      score_group<X, R, C, false>(tile, v, width, rows, out, scores_stride);
     }
   }
 }
 
-// Scores of the N rows from `first` on: vectors along k and a sum across.
+// Scores of the N rows from `first` on, scores[r * row_apart + v * item_apart]: vectors along k and
+// a sum across.
 template <class X, int N>
 void score_few(const Tile<typename X::T>& tile, const PackedRows<typename X::T>& rows,
-               int64_t first, typename X::T* scores, int64_t scores_stride) {
+               int64_t first, typename X::T* scores, int64_t row_apart, int64_t item_apart) {
   using T = typename X::T;
   using V = typename X::V;
   for (int v = 0; v < tile.count; ++v) {
     const T* item = tile.items + v * tile.stride;
+    if (first == 0) prefetch_items(tile, v, 1);
     V acc[N];
 #pragma GCC unroll 4
     for (int r = 0; r < N; ++r) acc[r] = X::zero();
@@ -223,30 +257,24 @@ void score_few(const Tile<typename X::T>& tile, const PackedRows<typename X::T>&
     }
     const T bias = tile.bias ? tile.bias[v] : 0;
 #pragma GCC unroll 4
-    for (int r = 0; r < N; ++r) scores[v * scores_stride + r] = bias + X::sum(acc[r]);
+    for (int r = 0; r < N; ++r) scores[r * row_apart + v * item_apart] = bias + X::sum(acc[r]);
   }
 }
 
-// Up to this many rows go that way, as vectors of rows would be nearly empty.
-template <class X>
-constexpr int kFewRows = 4;
-
-// Lanes without a row get 0.
+// Up to kFewRows go that way, as vectors of rows would be nearly empty.
 template <class X>
 void score_few_rows(const Tile<typename X::T>& tile, const PackedRows<typename X::T>& rows,
-                    typename X::T* scores, int64_t scores_stride) {
-  for (int v = 0; v < tile.count; ++v) {
-    for (int64_t r = 0; r < rows.count; r += X::L)
-      X::store(scores + v * scores_stride + r, X::zero());
-  }
+                    typename X::T* scores, int64_t row_apart, int64_t item_apart) {
   int64_t first = 0;
   for (; first + 4 <= rows.count; first += 4) {
-    score_few<X, 4>(tile, rows, first, scores + first, scores_stride);
+    score_few<X, 4>(tile, rows, first, scores + first * row_apart, row_apart, item_apart);
   }
   for (; first + 2 <= rows.count; first += 2) {
-    score_few<X, 2>(tile, rows, first, scores + first, scores_stride);
+    score_few<X, 2>(tile, rows, first, scores + first * row_apart, row_apart, item_apart);
   }
-  if (first < rows.count) score_few<X, 1>(tile, rows, first, scores + first, scores_stride);
+  if (first < rows.count) {
+    score_few<X, 1>(tile, rows, first, scores + first * row_apart, row_apart, item_apart);
+  }
 }
 
 template <class T>
@@ -259,7 +287,14 @@ int vectors_of_panel(int64_t rows, int64_t start, int lanes) {
 template <class X>
 void score_panel(const Tile<typename X::T>& tile, const PackedRows<typename X::T>& rows,
                  int64_t start, int vectors, typename X::T* scores, int64_t scores_stride) {
-  if (rows.count <= kFewRows<X>) return score_few_rows<X>(tile, rows, scores, scores_stride);
+  if (rows.count <= kFewRows) {
+    for (int v = 0; v < tile.count; ++v) {  // lanes without a row
+      for (int64_t r = 0; r < rows.count; r += X::L) {
+        X::store(scores + v * scores_stride + r, X::zero());
+      }
+    }
+    return score_few_rows<X>(tile, rows, scores, 1, scores_stride);
+  }
   constexpr bool kLarge = X::kWide == 3;
   const typename X::T* panel = rows.panels + start * rows.width;
   bool ahead = start == 0;
@@ -294,7 +329,10 @@ ALWAYS_INLINE void add_product_group(int64_t depth, const typename X::T* a, int6
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) acc[r][c] = X::zero();
+    for (int c = 0; c < C; ++c) {
+      acc[r][c] = X::zero();
+      if (kAdd) __builtin_prefetch(out + r * out_row + c * X::L, 1, 3);
+    }
   }
   for (int64_t k = 0; k < depth; ++k) {
     typename X::V row[C];

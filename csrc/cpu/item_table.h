@@ -11,6 +11,8 @@ namespace t4r_fast {
 template <typename T>
 constexpr int kPanel = 192 / sizeof(T);
 constexpr int kTile = 96;
+// So many rows do not fill a vector.
+constexpr int kFewRows = 4;
 // Rows between two visits of a tile's gradient.
 template <typename T>
 constexpr int kBlock = 4 * kPanel<T>;

@@ -22,7 +22,8 @@ void score_targets(const RankScan<typename X::T>& a, int64_t row, int64_t stop,
   for (; row < stop; ++row) {
     const int64_t start = row / kPanel<T> * kPanel<T>;
     convert(items, a.target[row] * items.stride, a.rows.width, item);
-    Tile<T> tile{item, 0, a.target[row], 1, nullptr};  // stride 0: the same item in every place
+    // stride 0: the same item in every place
+    Tile<T> tile{item, 0, a.rows.padded, a.target[row], 1, false, nullptr, 0, 0, 0};
     if (a.table.bias.data) {
       convert(a.table.bias, a.target[row] * a.table.bias.stride, 1, bias);
       for (int v = 1; v < kTile; ++v) bias[v] = bias[0];

@@ -68,11 +68,28 @@ struct Chunk {
   std::vector<Target> targets;
 };
 
+// The tensor that holds scores from forward to backward, (R, stash_items). What fits is a function
+// of sizes and of the rows that take part, the same in both passes.
+template <typename T>
+Stash<T> stash_in(const Tensor& tensor, const Scores& scores, const Kept& kept) {
+  Stash<T> stash;
+  CHECK(tensor.dim() == 2 && tensor.size(0) == kept.size && tensor.is_contiguous() &&
+            tensor.scalar_type() == (sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float),
+        kOp, ": stash must be what forward gave");
+  stash.rows = round_up(kept.count, kernels<T>().lanes);
+  stash.of = scores.tiles;
+  if (kept.count <= kFewRows || tensor.size(1) == 0) return stash;
+  stash.data = static_cast<T*>(tensor.mutable_data_ptr());
+  stash.tiles = std::min(scores.tiles, tensor.numel() / (kTile * stash.rows));
+  return stash;
+}
+
 // ---- forward
 
 template <typename T>
 void forward_chunk(const Scores& scores, const Kept& kept, const Options& options, int64_t first,
-                   int64_t count, T* loss, double* lse) {
+                   int64_t count, Stash<T> stash, T* loss, double* lse) {
+  stash.first = first;
   const Chunk<T> chunk(scores, kept, first, count);
   const int64_t lane_rows = chunk.packed.lane_rows, threads = scores.threads(count);
   const Buffer<T> top(threads * lane_rows);
@@ -85,6 +102,7 @@ void forward_chunk(const Scores& scores, const Kept& kept, const Options& option
     a.targets = chunk.targets.data();
     a.inverse_temperature = static_cast<T>(1 / options.temperature);
     a.softcap = static_cast<T>(options.softcap);
+    a.stash = stash;
     a.top = top.data() + thread * lane_rows;
     a.total = total.data() + thread * lane_rows;
     a.z_sum = options.smoothing != 0 ? z_sum.data() + thread * lane_rows : nullptr;
@@ -121,12 +139,14 @@ void forward_chunk(const Scores& scores, const Kept& kept, const Options& option
 }
 
 template <typename T>
-void forward(const Scores& scores, const Kept& kept, const Options& options, T* loss, double* lse) {
+void forward(const Scores& scores, const Kept& kept, const Options& options, const Tensor& stash,
+             Tensor& loss, double* lse) {
   const int64_t lanes = kernels<T>().lanes, padded = round_up(scores.table.width, lanes);
   const int64_t row_bytes = 2 * padded * sizeof(T) + scores.threads(kept.count) * (sizeof(T) + 16);
   const int64_t step = rows_per_chunk(kept.count, row_bytes, kBlock<T>);
   for (int64_t first = 0; first < kept.count; first += step) {
-    forward_chunk<T>(scores, kept, options, first, std::min(step, kept.count - first), loss, lse);
+    forward_chunk<T>(scores, kept, options, first, std::min(step, kept.count - first),
+                     stash_in<T>(stash, scores, kept), loss.mutable_data_ptr<T>(), lse);
   }
 }
 
@@ -135,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tied_softmax_loss_fwd_cpu(
     const std::optional<Tensor>& bias, const std::optional<Tensor>& rows, double temperature,
     double softcap, double label_smoothing, double z_loss, int64_t ignore_index,
     int64_t stash_items, bool need_mean) {
-  CHECK(stash_items == 0, kOp, ": stash_items must be 0; got ", stash_items);
+  CHECK(stash_items >= 0, kOp, ": stash_items must be >= 0; got ", stash_items);
   CHECK(!need_mean, kOp, ": need_mean must be false: backward makes dhidden from the scores");
   const Scores scores(kOp, hidden, items, bias);
   const Options options(temperature, softcap, label_smoothing, z_loss);
@@ -143,14 +163,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tied_softmax_loss_fwd_cpu(
   const ScalarType type = scores.is_double() ? ScalarType::Double : ScalarType::Float;
   Tensor loss = torch::stable::new_zeros(hidden, {kept.size}, type);
   Tensor lse = torch::stable::new_zeros(hidden, {kept.size}, ScalarType::Double);
+  Tensor stash = torch::stable::new_empty(loss, {kept.size, stash_items});
+  use_huge_pages(stash);
   double* lse_data = lse.mutable_data_ptr<double>();
   if (scores.is_double()) {
-    forward<double>(scores, kept, options, loss.mutable_data_ptr<double>(), lse_data);
+    forward<double>(scores, kept, options, stash, loss, lse_data);
   } else {
-    forward<float>(scores, kept, options, loss.mutable_data_ptr<float>(), lse_data);
+    forward<float>(scores, kept, options, stash, loss, lse_data);
   }
-  Tensor stash = torch::stable::new_empty(loss, {kept.size, stash_items});
-  Tensor mean = torch::stable::new_empty(hidden, {0, hidden.size(1)}, ScalarType::Float);
+  Tensor mean = torch::stable::new_empty(loss, {0, hidden.size(1)});
   return {loss, lse, stash, mean};
 }
 
@@ -181,6 +202,7 @@ struct Backward {
   const Options& options;
   Values<T> dloss, dlse;
   Values<double> lse;
+  Stash<T> stash;
   T* dhidden;  // (N, D), added to; or null
   void* ditems;
   T* dbias;
@@ -222,6 +244,8 @@ void Backward<T>::run(int64_t first, int64_t count, bool want_hidden, bool want_
     a.targets = chunk.targets.data();
     a.inverse_temperature = static_cast<T>(1 / options.temperature);
     a.softcap = static_cast<T>(options.softcap);
+    a.stash = stash;
+    a.stash.first = first;
     a.shift = shift.data();
     a.weight = weight.data();
     a.constant = constant.data();
@@ -268,7 +292,8 @@ void backward(const Backward<T>& b, bool need_hidden, bool need_items) {
 
 template <typename T>
 void run_backward(const Scores& scores, const Kept& kept, const Options& options,
-                  const Tensor& dloss, const Tensor& dlse, const Tensor& lse, Outputs& out) {
+                  const Tensor& dloss, const Tensor& dlse, const Tensor& lse, const Tensor& stash,
+                  Outputs& out) {
   const ScalarType type = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
   const auto in_type = [&](const Tensor& like, bool needed) {
     if (!needed || like.scalar_type() == type) return like;
@@ -282,6 +307,7 @@ void run_backward(const Scores& scores, const Kept& kept, const Options& options
                       Values<T>("dloss", dloss, kept.size),
                       Values<T>("dlse", dlse, kept.size),
                       Values<double>("lse", lse, kept.size),
+                      stash_in<T>(stash, scores, kept),
                       out.need_hidden ? dhidden.template mutable_data_ptr<T>() : nullptr,
                       out.need_items ? out.ditems.mutable_data_ptr() : nullptr,
                       out.need_bias ? dbias.template mutable_data_ptr<T>() : nullptr};
@@ -315,10 +341,11 @@ std::tuple<Tensor, Tensor, Tensor> tied_softmax_loss_bwd_cpu(
               need_hidden,
               need_items,
               need_bias};
+  use_huge_pages(out.ditems);
   if (scores.is_double()) {
-    run_backward<double>(scores, kept, options, dloss, dlse, lse, out);
+    run_backward<double>(scores, kept, options, dloss, dlse, lse, stash, out);
   } else {
-    run_backward<float>(scores, kept, options, dloss, dlse, lse, out);
+    run_backward<float>(scores, kept, options, dloss, dlse, lse, stash, out);
   }
   return {out.dhidden, out.ditems, out.dbias};
 }

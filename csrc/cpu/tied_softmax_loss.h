@@ -10,12 +10,22 @@ struct Target {
   int64_t item, row;
 };
 
+// Scores that forward keeps for backward, of `tiles` tiles spread evenly over all `of`, so that
+// threads have equally many. For each tile panels of rows, side by side: [item][row of the panel].
+template <typename T>
+struct Stash {
+  T* data = nullptr;
+  int64_t tiles = 0, of = 1;
+  int64_t rows = 0, first = 0;  // whole vectors of all rows, and which of them come first here
+};
+
 template <typename T>
 struct LossForward {
   ItemTable table;
   PackedRows<T> rows;
   const Target* targets;
   T inverse_temperature, softcap;
+  Stash<T> stash;  // written
   // Per row, one set per thread: sum over items of exp(z - top) and, if not null, of z.
   T* top;
   double *total, *z_sum;
@@ -28,6 +38,7 @@ struct LossBackward {
   PackedRows<T> rows;
   const Target* targets;
   T inverse_temperature, softcap;
+  Stash<T> stash;  // read
   // dz = weight exp(z - shift) + constant, + share at the target; whole vectors of rows
   const T *shift, *weight, *constant, *share;
   T* drows;      // (rows.count, rows.padded), one per thread, added to; or null
@@ -44,9 +55,21 @@ struct LossKernels {
   void (*backward)(const LossBackward<T>&, int64_t tile, int64_t stop, T* scratch);
 };
 
+// Tiles that are worked on together, rows inside: rows of hidden and their gradient, too many for
+// the second-level cache, come from the third once for all of them.
+constexpr int kTiles = 4;
+template <typename T>
+constexpr int64_t tiles_together(int64_t padded) {
+  // The items of a tile and their gradient; half of a cache of 1 MiB leaves room for the rows.
+  const int64_t bytes = 2 * kTile * padded * static_cast<int64_t>(sizeof(T));
+  const int64_t fit = (int64_t{400} << 10) / bytes;
+  return fit < 1 ? 1 : fit < kTiles ? fit : kTiles;
+}
+
 template <typename T>
 constexpr int64_t loss_scratch(int64_t padded) {
-  return kTile * (3 * padded + kBlockStride<T> + 2 + kPanel<T>);
+  constexpr int64_t kLanes = 64 / sizeof(T);
+  return kTile * (padded + kBlockStride<T> + tiles_together<T>(padded) * (2 * padded + 1 + kLanes));
 }
 
 }  // namespace t4r_fast

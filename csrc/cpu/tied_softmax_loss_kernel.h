@@ -10,6 +10,7 @@ namespace {
 
 using t4r_fast::LossBackward;
 using t4r_fast::LossForward;
+using t4r_fast::Stash;
 using t4r_fast::Target;
 
 template <typename T>
@@ -18,6 +19,9 @@ constexpr T kLowest = sizeof(T) == 4 ? static_cast<T>(-__FLT_MAX__) : static_cas
 // Sums move to a new top only where an item exceeds the old one by this much: e^8 is far from
 // overflow, and nearly all tiles go without.
 constexpr int kSlack = 8;
+
+// Of a tile's work on all rows at least a part finds them in the second-level cache.
+constexpr int64_t kRowsInCache = int64_t{4} << 20;
 
 template <class X>
 typename X::V tanh(typename X::V x) {
@@ -113,6 +117,22 @@ void take_in(int count, const typename X::T* z, int64_t stride, typename X::T* t
   for (int i = 0; i < X::L; ++i) total[i] += static_cast<double>(part[i]);
 }
 
+// Where the scores of a tile and of the panel of rows at `start` are kept; null if they are not.
+template <typename T>
+T* place_in_stash(const Stash<T>& stash, int64_t index, int64_t start) {
+  const int64_t place = index * stash.tiles / stash.of;
+  if ((index + 1) * stash.tiles / stash.of == place) return nullptr;
+  return stash.data + (place * stash.rows + stash.first + start) * kTile;
+}
+
+// Past the caches: backward reads them much later.
+template <class X>
+void put_into_stash(int count, int vectors, const typename X::T* z, typename X::T* out) {
+  for (int v = 0; v < count; ++v, z += kPanel<typename X::T>) {
+    for (int c = 0; c < vectors; ++c, out += X::L) X::stream(out, X::load(z + c * X::L));
+  }
+}
+
 template <class X>
 void add_scores(int count, const typename X::T* z, int64_t stride, double* z_sum) {
   typename X::V sum = X::zero();
@@ -120,6 +140,86 @@ void add_scores(int count, const typename X::T* z, int64_t stride, double* z_sum
   typename X::T part[X::L];
   X::store(part, sum);
   for (int i = 0; i < X::L; ++i) z_sum[i] += static_cast<double>(part[i]);
+}
+
+// ---- a few rows: vectors of items
+
+// z[row][item] of a tile and of all rows, the lowest number past the table's end.
+template <class X>
+void few_scores(const Tile<typename X::T>& tile, const PackedRows<typename X::T>& rows,
+                typename X::T inverse_temperature, typename X::T softcap, typename X::T* z) {
+  using T = typename X::T;
+  score_few_rows<X>(tile, rows, z, kTile, 1);
+  finish_scores<X>(static_cast<int>(rows.count), kTile / X::L, inverse_temperature, softcap, z,
+                   kTile);
+  for (int64_t row = 0; row < rows.count; ++row) {
+    for (int v = tile.count; v < kTile; ++v) z[row * kTile + v] = kLowest<T>;
+  }
+}
+
+template <class X>
+void take_in_row(const typename X::T* z, typename X::T* top, double* total) {
+  using T = typename X::T;
+  using V = typename X::V;
+  V highest = X::set1(kLowest<T>);
+  for (int v = 0; v < kTile; v += X::L) highest = X::max(X::load(z + v), highest);
+  if (X::bits(X::greater(highest, X::set1(*top + kSlack)))) {
+    T part[X::L];
+    X::store(part, highest);
+    T higher = *top;
+    for (int i = 0; i < X::L; ++i) higher = part[i] > higher ? part[i] : higher;
+    X::store(part, X::exp(X::set1(*top - higher)));
+    *total *= static_cast<double>(part[0]);
+    *top = higher;
+  }
+  const V shift = X::set1(*top);
+  V sum = X::zero();
+  for (int v = 0; v < kTile; v += X::L) {
+    sum = X::add(sum, X::exp(X::sub(X::load(z + v), shift)));
+  }
+  *total += static_cast<double>(X::sum(sum));
+}
+
+template <class X>
+void forward_few(const LossForward<typename X::T>& a, const Tile<typename X::T>& tile,
+                 const Target*& target, typename X::T* z) {
+  few_scores<X>(tile, a.rows, a.inverse_temperature, a.softcap, z);
+  const Target* const targets_end = a.targets + a.rows.count;
+  for (; target < targets_end && target->item < tile.first + tile.count; ++target) {
+    a.target_score[target->row] =
+        static_cast<double>(z[target->row * kTile + target->item - tile.first]);
+  }
+  for (int64_t row = 0; row < a.rows.count; ++row) {
+    take_in_row<X>(z + row * kTile, a.top + row, a.total + row);
+    for (int v = 0; a.z_sum && v < tile.count; ++v) {
+      a.z_sum[row] += static_cast<double>(z[row * kTile + v]);
+    }
+  }
+}
+
+// ---- forward
+
+template <class X>
+void forward_panel(const LossForward<typename X::T>& a, const Tile<typename X::T>& tile,
+                   int64_t index, int64_t start, const Target*& target, typename X::T* z) {
+  using T = typename X::T;
+  const Target* const targets_end = a.targets + a.rows.count;
+  const int vectors = vectors_of_panel<T>(a.rows.count, start, X::L);
+  score_panel<X>(tile, a.rows, start, vectors, z, kPanel<T>);
+  finish_scores<X>(tile.count, vectors, a.inverse_temperature, a.softcap, z, kPanel<T>);
+  for (; target < targets_end && target->item < tile.first + tile.count &&
+         target->row < start + kPanel<T>;
+       ++target) {
+    a.target_score[target->row] =
+        static_cast<double>(z[(target->item - tile.first) * kPanel<T> + target->row - start]);
+  }
+  T* const kept = place_in_stash(a.stash, index, start);
+  if (kept) put_into_stash<X>(tile.count, vectors, z, kept);
+  for (int c = 0; c < vectors; ++c) {
+    const int64_t row = start + c * X::L;
+    take_in<X>(tile.count, z + c * X::L, kPanel<T>, a.top + row, a.total + row);
+    if (a.z_sum) add_scores<X>(tile.count, z + c * X::L, kPanel<T>, a.z_sum + row);
+  }
 }
 
 template <class X>
@@ -130,49 +230,55 @@ void loss_forward(const LossForward<typename X::T>& a, int64_t index, int64_t st
   T* const z = copy + kTile * a.rows.padded;
   T* const bias = z + kTile * kPanel<T>;
   const Target* target = find_targets(a.targets, a.rows.count, index);
-  const Target* const targets_end = a.targets + a.rows.count;
   for (; index < stop; ++index) {
     const Tile<T> tile = load_tile(a.table, index, a.rows.padded, copy, bias);
+    if (a.rows.count <= kFewRows) {
+      forward_few<X>(a, tile, target, z);
+      continue;
+    }
     for (int64_t start = 0; start < a.rows.count; start += kPanel<T>) {
-      const int vectors = vectors_of_panel<T>(a.rows.count, start, X::L);
-      score_panel<X>(tile, a.rows, start, vectors, z, kPanel<T>);
-      finish_scores<X>(tile.count, vectors, a.inverse_temperature, a.softcap, z, kPanel<T>);
-      for (; target < targets_end && target->item < tile.first + tile.count &&
-             target->row < start + kPanel<T>;
-           ++target) {
-        a.target_score[target->row] =
-            static_cast<double>(z[(target->item - tile.first) * kPanel<T> + target->row - start]);
-      }
-      for (int c = 0; c < vectors; ++c) {
-        const int64_t row = start + c * X::L;
-        take_in<X>(tile.count, z + c * X::L, kPanel<T>, a.top + row, a.total + row);
-        if (a.z_sum) add_scores<X>(tile.count, z + c * X::L, kPanel<T>, a.z_sum + row);
-      }
+      forward_panel<X>(a, tile, index, start, target, z);
     }
   }
+  X::fence();
 }
 
 // ---- backward
 
+// dz of scores z; w and k of the row are vectors or the same in all lanes.
 template <class X>
-void score_gradients(int count, int vectors, const typename X::T* shift,
-                     const typename X::T* weight, const typename X::T* constant,
-                     typename X::T softcap, typename X::T* z, int64_t stride) {
+ALWAYS_INLINE typename X::V score_gradient(typename X::V z, typename X::V shift, typename X::V w,
+                                           typename X::V k) {
+  return X::fma(X::exp(X::sub(z, shift)), w, k);
+}
+
+// times the slope of the cap
+template <class X>
+ALWAYS_INLINE typename X::V times_slope(typename X::V z, typename X::V inverse_cap,
+                                        typename X::V dz) {
+  const typename X::V t = X::mul(z, inverse_cap);
+  return X::mul(dz, X::sub(X::set1(1), X::mul(t, t)));
+}
+
+template <class X>
+void score_gradients(int count, int vectors, const LossBackward<typename X::T>& a, int64_t start,
+                     const typename X::T* z, int64_t z_stride, typename X::T* dz, int64_t stride) {
   using V = typename X::V;
+  const V inverse = X::set1(1 / a.softcap);
   for (int c = 0; c < vectors; ++c) {
-    const V top = X::load(shift + c * X::L);
-    const V w = X::load(weight + c * X::L), k = X::load(constant + c * X::L);
-    typename X::T* p = z + c * X::L;
-    if (softcap == 0) {
-      for (int v = 0; v < count; ++v, p += stride) {
-        X::store(p, X::fma(X::exp(X::sub(X::load(p), top)), w, k));
+    const int64_t row = start + c * X::L;
+    const V top = X::load(a.shift + row);
+    const V w = X::load(a.weight + row), k = X::load(a.constant + row);
+    const typename X::T* in = z + c * X::L;
+    typename X::T* out = dz + c * X::L;
+    if (a.softcap == 0) {
+      for (int v = 0; v < count; ++v, in += z_stride, out += stride) {
+        X::store(out, score_gradient<X>(X::load(in), top, w, k));
       }
     } else {
-      const V inverse = X::set1(1 / softcap);
-      for (int v = 0; v < count; ++v, p += stride) {
-        const V x = X::load(p), t = X::mul(x, inverse);
-        const V dz = X::fma(X::exp(X::sub(x, top)), w, k);
-        X::store(p, X::mul(dz, X::sub(X::set1(1), X::mul(t, t))));
+      for (int v = 0; v < count; ++v, in += z_stride, out += stride) {
+        const V x = X::load(in);
+        X::store(out, times_slope<X>(x, inverse, score_gradient<X>(x, top, w, k)));
       }
     }
   }
@@ -240,6 +346,13 @@ void add_bias_gradient(int count, int64_t rows, const typename X::T* dz, int64_t
   }
 }
 
+// What the target adds to its dz.
+template <typename T>
+T target_share(const LossBackward<T>& a, int64_t row, T z) {
+  const T t = a.softcap != 0 ? z / a.softcap : 0;
+  return a.share[row] * (1 - t * t);
+}
+
 // dz of a panel of rows for a tile.
 template <class X>
 void gradient_panel(const LossBackward<typename X::T>& a, const Tile<typename X::T>& tile,
@@ -247,24 +360,128 @@ void gradient_panel(const LossBackward<typename X::T>& a, const Tile<typename X:
   using T = typename X::T;
   const Target* const targets_end = a.targets + a.rows.count;
   const int vectors = vectors_of_panel<T>(a.rows.count, start, X::L);
-  score_panel<X>(tile, a.rows, start, vectors, dz, stride);
-  finish_scores<X>(tile.count, vectors, a.inverse_temperature, a.softcap, dz, stride);
+  const T* z = place_in_stash(a.stash, tile.first / kTile, start);
+  int64_t z_stride = vectors * X::L;
+  if (z == nullptr) {
+    score_panel<X>(tile, a.rows, start, vectors, dz, stride);
+    finish_scores<X>(tile.count, vectors, a.inverse_temperature, a.softcap, dz, stride);
+    z = dz;
+    z_stride = stride;
+  }
   const Target* const first = target;
   T extra[kPanel<T>];
   for (; target < targets_end && target->item < tile.first + tile.count &&
          target->row < start + kPanel<T>;
        ++target) {
-    T share = a.share[target->row];
-    if (a.softcap != 0) {
-      const T t = dz[(target->item - tile.first) * stride + target->row - start] / a.softcap;
-      share *= 1 - t * t;
-    }
-    extra[target - first] = share;
+    const int64_t at = (target->item - tile.first) * z_stride + target->row - start;
+    extra[target - first] = target_share(a, target->row, z[at]);
   }
-  score_gradients<X>(tile.count, vectors, a.shift + start, a.weight + start, a.constant + start,
-                     a.softcap, dz, stride);
+  score_gradients<X>(tile.count, vectors, a, start, z, z_stride, dz, stride);
   for (const Target* t = first; t < target; ++t) {
     dz[(t->item - tile.first) * stride + t->row - start] += extra[t - first];
+  }
+}
+
+// dz[row][item] of all rows, a few.
+template <class X>
+void few_gradients(const LossBackward<typename X::T>& a, const Tile<typename X::T>& tile,
+                   const Target* target, typename X::T* dz) {
+  using T = typename X::T;
+  using V = typename X::V;
+  few_scores<X>(tile, a.rows, a.inverse_temperature, a.softcap, dz);
+  const Target* const targets_end = a.targets + a.rows.count;
+  const V inverse = X::set1(1 / a.softcap);
+  for (int64_t row = 0; row < a.rows.count; ++row) {
+    T* const p = dz + row * kTile;
+    const int64_t local =
+        target < targets_end && target->row == row && target->item < tile.first + tile.count
+            ? (target++)->item - tile.first
+            : -1;
+    const T extra = local < 0 ? 0 : target_share(a, row, p[local]);
+    const V shift = X::set1(a.shift[row]);
+    const V w = X::set1(a.weight[row]), k = X::set1(a.constant[row]);
+    for (int v = 0; v < kTile; v += X::L) {
+      const V x = X::load(p + v);
+      const V one = score_gradient<X>(x, shift, w, k);
+      X::store(p + v, a.softcap == 0 ? one : times_slope<X>(x, inverse, one));
+    }
+    if (local >= 0) p[local] += extra;
+  }
+}
+
+// Tiles that are worked on together.
+template <typename T>
+struct TileWork {
+  Tile<T> tile;
+  const Target* target;
+  T *gradient, *bias_sums;
+};
+
+template <class X>
+void write_tile(const LossBackward<typename X::T>& a, const TileWork<typename X::T>& work) {
+  using T = typename X::T;
+  const int64_t width = a.rows.width;
+  for (int v = 0; v < work.tile.count; ++v) {
+    const int64_t item = work.tile.first + v;
+    if (a.ditems) {
+      write_gradient<X>(work.gradient + v * a.rows.padded, a.table.items.dtype, item * width, width,
+                        a.add, a.ditems);
+    }
+    if (a.dbias) {
+      T sum = a.add ? a.dbias[item] : 0;
+      for (int i = 0; i < X::L; ++i) sum += work.bias_sums[v * X::L + i];
+      a.dbias[item] = sum;
+    }
+  }
+}
+
+// Both gradients of a block of rows and a tile.
+template <class X>
+void backward_block(const LossBackward<typename X::T>& a, TileWork<typename X::T>* work,
+                    int64_t block, int64_t block_rows, typename X::T* dz) {
+  using T = typename X::T;
+  const int64_t padded = a.rows.padded;
+  const Tile<T>& tile = work->tile;
+  for (int64_t start = block; start < block + block_rows; start += kPanel<T>) {
+    T* const part = dz + (start - block);
+    gradient_panel<X>(a, tile, start, work->target, part, kBlockStride<T>);
+    const int64_t rows_left = block + block_rows - start;
+    const int64_t rows = rows_left < kPanel<T> ? rows_left : kPanel<T>;
+    if (a.dbias) add_bias_gradient<X>(tile.count, rows, part, kBlockStride<T>, work->bias_sums);
+    if (a.drows) {
+      add_product<X, 1, kBlockStride<T>, true>(rows, tile.count, padded, part, 0,
+                                               items_on_right(tile), a.drows + start * padded,
+                                               padded);
+    }
+  }
+  if (a.ditems) {
+    const Right<T> rows{a.rows.rows, 0, a.rows.count, block};
+    const auto add_block = block == 0 ? add_product<X, kBlockStride<T>, 1, false>
+                                      : add_product<X, kBlockStride<T>, 1, true>;
+    add_block(tile.count, block_rows, padded, dz, 0, rows, work->gradient, padded);
+  }
+}
+
+template <class X>
+void backward_few(const LossBackward<typename X::T>& a, TileWork<typename X::T>* work,
+                  typename X::T* dz) {
+  using T = typename X::T;
+  const int64_t padded = a.rows.padded;
+  const Tile<T>& tile = work->tile;
+  few_gradients<X>(a, tile, work->target, dz);
+  for (int v = 0; a.dbias && v < tile.count; ++v) {
+    for (int64_t row = 0; row < a.rows.count; ++row) {
+      work->bias_sums[v * X::L] += dz[row * kTile + v];
+    }
+  }
+  if (a.drows) {
+    add_product<X, kTile, 1, true>(a.rows.count, tile.count, padded, dz, 0, items_on_right(tile),
+                                   a.drows, padded);
+  }
+  if (a.ditems) {
+    const Right<T> rows{a.rows.rows, 0, a.rows.count, 0};
+    add_product<X, 1, kTile, false>(tile.count, a.rows.count, padded, dz, 0, rows, work->gradient,
+                                    padded);
   }
 }
 
@@ -272,56 +489,46 @@ template <class X>
 void loss_backward(const LossBackward<typename X::T>& a, int64_t index, int64_t stop,
                    typename X::T* scratch) {
   using T = typename X::T;
-  const int64_t padded = a.rows.padded, width = a.rows.width;
+  const int64_t padded = a.rows.padded;
+  // Rows that stay in the second-level cache by themselves need no company of tiles: 1% faster.
+  const int64_t rows_bytes = 3 * a.rows.count * padded * static_cast<int64_t>(sizeof(T));
+  const int64_t together = rows_bytes > kRowsInCache ? t4r_fast::tiles_together<T>(padded) : 1;
+  const bool few = a.rows.count > 0 && a.rows.count <= kFewRows;
   T* const copy = scratch;
-  T* const chunks = copy + kTile * padded;
-  T* const gradient = chunks + kTile * padded;
-  T* const dz = gradient + kTile * padded;
-  T* const bias = dz + kTile * kBlockStride<T>;
-  T* const bias_sums = bias + kTile;
-  // Zen 4, width 256: 91% of the floor with the smaller blocks, 87% with the larger; width 64 the
-  // other way round, 91% and 87%.
-  const int64_t step = padded > 2 * kChunk<T> ? kBlock<T> / 2 : kBlock<T>;
+  T* const dz = copy + kTile * padded;
+  T* next = dz + kTile * kBlockStride<T>;
+  const bool in_chunks = padded > kChunk<T> && a.rows.count >= 16;  // pays from 16 uses on
+  TileWork<T> works[t4r_fast::kTiles];
+  T *chunks[t4r_fast::kTiles], *bias[t4r_fast::kTiles];
+  for (int64_t t = 0; t < together; ++t) {
+    chunks[t] = next;
+    works[t].gradient = chunks[t] + kTile * padded;
+    works[t].bias_sums = works[t].gradient + kTile * padded;
+    bias[t] = works[t].bias_sums + kTile * X::L;
+    next = bias[t] + kTile;
+  }
   const Target* target = find_targets(a.targets, a.rows.count, index);
-  for (; index < stop; ++index) {
-    const Tile<T> tile = load_tile(a.table, index, padded, copy, bias);
-    Right<T> items{};
-    if (a.drows) items = items_on_right<X>(tile, padded, a.rows.count, chunks);
-    if (a.dbias) __builtin_memset(bias_sums, 0, sizeof(T) * kTile * X::L);
-    if (a.rows.count == 0) __builtin_memset(gradient, 0, sizeof(T) * kTile * padded);
-    for (int64_t block = 0; block < a.rows.count; block += step) {
+  const Target* const targets_end = a.targets + a.rows.count;
+  for (; index < stop; index += together) {
+    const int64_t count = stop - index < together ? stop - index : together;
+    for (int64_t t = 0; t < count; ++t) {
+      TileWork<T>& work = works[t];
+      T* const room = in_chunks ? copy : chunks[t];
+      work.tile = load_tile(a.table, index + t, padded, room, bias[t], together);
+      if (in_chunks) to_chunks<X>(&work.tile, chunks[t]);
+      work.target = target;
+      while (target < targets_end && target->item < (index + t + 1) * kTile) ++target;
+      if (a.dbias) __builtin_memset(work.bias_sums, 0, sizeof(T) * kTile * X::L);
+      if (a.rows.count == 0) __builtin_memset(work.gradient, 0, sizeof(T) * kTile * padded);
+    }
+    for (int64_t t = 0; few && t < count; ++t) backward_few<X>(a, &works[t], dz);
+    for (int64_t block = 0; !few && block < a.rows.count; block += kBlock<T>) {
       const int64_t left = a.rows.count - block;
-      const int64_t block_rows = left < step ? left : step;
-      for (int64_t start = block; start < block + block_rows; start += kPanel<T>) {
-        T* const part = dz + (start - block);
-        gradient_panel<X>(a, tile, start, target, part, kBlockStride<T>);
-        const int64_t rows_left = block + block_rows - start;
-        const int64_t rows = rows_left < kPanel<T> ? rows_left : kPanel<T>;
-        if (a.dbias) add_bias_gradient<X>(tile.count, rows, part, kBlockStride<T>, bias_sums);
-        if (a.drows) {
-          add_product<X, 1, kBlockStride<T>, true>(rows, tile.count, padded, part, 0, items,
-                                                   a.drows + start * padded, padded);
-        }
-      }
-      if (a.ditems) {
-        const Right<T> rows{a.rows.rows, 0, a.rows.count, block};
-        const auto add_block = block == 0 ? add_product<X, kBlockStride<T>, 1, false>
-                                          : add_product<X, kBlockStride<T>, 1, true>;
-        add_block(tile.count, block_rows, padded, dz, 0, rows, gradient, padded);
+      for (int64_t t = 0; t < count; ++t) {
+        backward_block<X>(a, &works[t], block, left < kBlock<T> ? left : kBlock<T>, dz);
       }
     }
-    for (int v = 0; v < tile.count; ++v) {
-      const int64_t item = tile.first + v;
-      if (a.ditems) {
-        write_gradient<X>(gradient + v * padded, a.table.items.dtype, item * width, width, a.add,
-                          a.ditems);
-      }
-      if (a.dbias) {
-        T sum = a.add ? a.dbias[item] : 0;
-        for (int i = 0; i < X::L; ++i) sum += bias_sums[v * X::L + i];
-        a.dbias[item] = sum;
-      }
-    }
+    for (int64_t t = 0; t < count; ++t) write_tile<X>(a, works[t]);
   }
   X::fence();
 }
