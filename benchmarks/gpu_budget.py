@@ -90,11 +90,34 @@ def triton_ops() -> list[str]:
     return sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
 
 
-def compile_variant(op: str, arch: int, index: int) -> dict[str, Any]:
+# Dtype and width of the variants that are kept and compared; "all" has every option of the op. The
+# others, some 400 per architecture, take half an hour: --every.
+REPRESENTATIVE = ("bf16 D64", "bf16 D256 all", "fp32 D64")
+
+
+def representative(label: str) -> bool:
+    return label.partition(" k=")[0] in REPRESENTATIVE
+
+
+def distinct(op: str, arch: int, every: bool) -> list[Any]:
+    """The variants of an op, each compilation once: launchers share some of their kernels."""
+    found: dict[tuple[str, str], Any] = {}
+    for variant in importlib.import_module(f"t4r_fast.kernels.{op}").variants(arch):
+        if every or representative(variant.label):
+            same = (variant.signature, variant.constexprs, variant.config)
+            name, number = variant.label, 1
+            while (place := (variant.kernel.__name__, name)) in found and found[place][1] != same:
+                number += 1
+                name = f"{variant.label} #{number}"
+            found[place] = (variant._replace(label=name), same)
+    return [variant for variant, _ in found.values()]
+
+
+def compile_variant(op: str, arch: int, index: int, every: bool) -> dict[str, Any]:
     """The row of one Triton variant; in a process of its own, where triton is not interpreted."""
     from t4r_fast.kernels._tuning import compile_ahead
 
-    variant = list(importlib.import_module(f"t4r_fast.kernels.{op}").variants(arch))[index]
+    variant = distinct(op, arch, every)[index]
     compiled = compile_ahead(variant, arch)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -111,12 +134,13 @@ def compile_variant(op: str, arch: int, index: int) -> dict[str, Any]:
     }
 
 
-def triton_tasks(ops: list[str], archs: list[int]) -> Iterator[tuple[str, int, int]]:
+def triton_tasks(
+    ops: list[str], archs: list[int], every: bool
+) -> Iterator[tuple[str, int, int, bool]]:
     for op in ops:
-        module = importlib.import_module(f"t4r_fast.kernels.{op}")
         for arch in archs:
-            for index, _ in enumerate(module.variants(arch)):
-                yield op, arch, index
+            for index in range(len(distinct(op, arch, every))):
+                yield op, arch, index, every
 
 
 # -- CUDA --------------------------------------------------------------------------------------
@@ -195,13 +219,11 @@ def key(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(row[name] for name in KEY)
 
 
-def measure(ops: list[str], archs: list[int], jobs: int) -> list[dict[str, Any]]:
+def measure(ops: list[str], archs: list[int], jobs: int, every: bool) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
-        tasks = [
-            pool.submit(compile_variant, *task)
-            for task in triton_tasks([op for op in triton_ops() if not ops or op in ops], archs)
-        ]
+        known = [op for op in triton_ops() if not ops or op in ops]
+        tasks = [pool.submit(compile_variant, *task) for task in triton_tasks(known, archs, every)]
         cuda = [op for op in cuda_ops() if not ops or op in ops]
         tasks += [pool.submit(compile_cuda, op, arch) for op in cuda for arch in archs]
         for done in tasks:
@@ -295,12 +317,17 @@ def main() -> int:
     parser.add_argument("--arch", type=int, action="append", choices=sorted(ARCHITECTURES))
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--update", action="store_true", help="keep the new numbers")
+    parser.add_argument(
+        "--every", action="store_true", help="all variants, half an hour; looks for spills alone"
+    )
     parser.add_argument("--verbose", action="store_true", help="print a line per variant")
     options = parser.parse_args()
+    if options.every and options.update:
+        parser.error("--update keeps the representative variants: leave out --every")
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET must not be set: interpreted kernels cannot be compiled")
     archs = options.arch or sorted(ARCHITECTURES)
-    rows = measure(options.ops, archs, options.jobs)
+    rows = measure(options.ops, archs, options.jobs, options.every)
     names = {ARCHITECTURES[arch].name for arch in archs}
     kept = json.loads(KEPT.read_text())["rows"] if KEPT.exists() else []
     chosen = [r for r in kept if r["arch"] in names and r["op"] in (options.ops or [r["op"]])]
@@ -308,7 +335,7 @@ def main() -> int:
     if options.verbose:
         for r in rows:
             print(*(f"{k}={v}" for k, v in r.items()), sep="  ")
-    found = faults(rows, rows if options.update else chosen)
+    found = faults(rows, rows if options.update or options.every else chosen)
     print(*found, sep="\n")
     print(f"{len(rows)} kernels compiled, {len(found)} faults")
     if found:

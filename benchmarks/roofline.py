@@ -259,12 +259,7 @@ def sass_mix(rows: list[dict[str, Any]], kernel: str, arch: str) -> dict[str, fl
     of BLOCK_N x BLOCK_V logits; instructions are per warp.
     """
     for row in rows:
-        if (
-            row["arch"] == arch
-            and row["kernel"] == kernel
-            and "bfloat16" in row["variant"]
-            and "D64" in row["variant"]
-        ):
+        if row["arch"] == arch and row["kernel"] == kernel and row["variant"] == "bf16 D64":
             tile = row["blocks"]["BLOCK_N"] * row["blocks"]["BLOCK_V"]
             threads = 32 * row["warps"]
             return {
