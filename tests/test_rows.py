@@ -31,7 +31,6 @@ ROWS_WITHOUT = {
         "ranking_metrics": "a few elementwise operations on (N, len(ks)): nothing to gain",
         "sampled_softmax_loss": LATER,
         "sequence_embedding": LATER,
-        "tied_table_step": LATER,
     },
 }
 SUFFIX = {"csrc/cpu": ".cpp", "csrc/cuda": ".cu", "kernels/triton": ".py"}

@@ -235,8 +235,8 @@ def segment_sum(
 ):
     """Sums of share[k] * values[k] and of share[k] of the segments that begin at some entries.
 
-    A segment is the entries j, k = order[j], whose sorted[j] are equal. `start` is (BLOCK_J,) int64;
-    where no segment begins the sums are 0, and `begins` is False.
+    A segment is the entries j, k = order[j], whose sorted[j] are equal. `start` is (BLOCK_J,)
+    int64; where no segment begins the sums are 0, and `begins` is False.
     """
     named = tl.load(sorted_ptr + start, mask=start < count, other=-1)
     before = tl.load(sorted_ptr + start - 1, mask=(start > 0) & (start < count), other=-1)
@@ -301,7 +301,7 @@ def _segment_sums_kernel(
     d = column + tl.arange(0, BLOCK_D)
     place = (start * D)[:, None] + d[None, :]
     tl.store(sums_ptr + place, total, mask=begins[:, None] & (d < D)[None, :])
-    if HAS_SHARE:
+    if HAS_SHARE:  # noqa: SIM102, decided by the compiler
         if tl.program_id(1) == 0:
             tl.store(shares_ptr + start, shares, mask=begins)
 

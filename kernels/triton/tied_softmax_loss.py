@@ -12,6 +12,7 @@ of fixed capacity costs what its rows cost.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -464,7 +465,7 @@ def _tied_softmax_loss_items_kernel(
         gradient = (gradient * back + sums).to(INPUT)
         place_of = ids[:, None] * D + d[None, :]
         tl.store(ditems_ptr + place_of, gradient, mask=inside[:, None] & (d < D)[None, :])
-    if NEED_BIAS:
+    if NEED_BIAS:  # noqa: SIM102, decided by the compiler
         if tl.program_id(1) == 0:
             dbias += tl.load(shares_ptr + place, mask=named, other=0.0)
             tl.store(dbias_ptr + ids, dbias.to(dbias_ptr.dtype.element_ty), mask=inside)
@@ -949,4 +950,4 @@ def _case(dtype: torch.dtype, d: int, everything: bool) -> None:
 def variants(arch: int) -> Iterator[Variant]:
     """What the launchers compile on an architecture, by dtype, D and options."""
     for label, dtype, d, everything in _tuning.cases():
-        yield from _tuning.recorded(arch, label, lambda: _case(dtype, d, everything))
+        yield from _tuning.recorded(arch, label, functools.partial(_case, dtype, d, everything))
