@@ -184,7 +184,7 @@ def check(
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the most elements of any tensor made inside, and which ATen ops ran.
+    """Records the elements of the tensors made inside, the most of any, and which ATen ops ran.
 
     Views of tensors, and results written into them, are not made.
     """
@@ -192,6 +192,7 @@ class LargestTensor(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.elements = 0
+        self.made: list[int] = []
         self.calls: set[str] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -201,6 +202,7 @@ class LargestTensor(TorchDispatchMode):
         for value in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(value, Tensor) and _storage(value) not in given:
                 stored = value._values() if value.is_sparse else value
+                self.made.append(stored.numel())
                 self.elements = max(self.elements, stored.numel())
         return out
 

@@ -4,19 +4,67 @@ A table is the (V, D) rows of the items, or the (V,) bias of their scores. A man
 Recorder as an attribute. The backward passes of the ops hand it what the gradient would be made of,
 and give autograd no gradient for the table, except that the full softmax gives a bias its own. A
 table without one costs one attribute look-up per call. docs/decisions/0005-gradient-records.md
+
+For other tables of a CPU a lookup adds its rows to the gradient that the full softmax has formed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+import weakref
+from collections.abc import Callable, MutableMapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from t4r_fast.reference._scores import compute_dtype, keep_rows
 
 _ATTRIBUTE = "_t4r_fast_recorder"
+
+
+class _Formed(NamedTuple):
+    graph_task: int  # the running backward pass
+    gradient: weakref.ref[Tensor]
+
+
+_formed: MutableMapping[Tensor, _Formed] = WeakIdKeyDictionary()
+
+
+def may_share_gradient(table: Tensor) -> bool:
+    """Leaves only: all their gradients meet in one place. torch.compile makes its own sums."""
+    return table.is_leaf and table.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def note_formed_gradient(table: Tensor, gradient: Tensor) -> None:
+    """Called in a backward pass that is about to give autograd a gradient of the table's size."""
+    _formed[table] = _Formed(torch._C._current_graph_task_id(), weakref.ref(gradient))
+
+
+def formed_gradient(table: Tensor) -> Tensor | None:
+    """The gradient of a leaf that autograd holds until the running backward pass has all of them.
+
+    Whoever has rows to give adds them in place, and gives autograd none: two gradients of the
+    table's size are one then. The bits are those of the sum.
+    """
+    found = _formed.get(table)
+    if found is None or found.graph_task != torch._C._current_graph_task_id():
+        return None
+    gradient = found.gradient()
+    return gradient if gradient is not None and _only_autograd_has(gradient) else None
+
+
+def _only_autograd_has(gradient: Tensor) -> bool:
+    """Whether nobody but autograd and our caller holds a gradient that an op gave to autograd.
+
+    Autograd may have put it into another sum, and a hook of the op's node may have kept it or a
+    view of it: then it is not ours to change.
+    """
+    holders = gradient._use_count()  # autograd, and Python's tensor
+    storage = torch._C._storage_Use_Count(gradient.untyped_storage()._cdata)
+    # that tensor's owner in C++, our caller, this function, and getrefcount's argument
+    return holders == 2 and storage == 2 and sys.getrefcount(gradient) <= 4
 
 
 class SoftmaxRows(NamedTuple):

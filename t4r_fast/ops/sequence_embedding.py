@@ -18,7 +18,7 @@ from t4r_fast.ops._check import (
     checked,
     names,
 )
-from t4r_fast.ops._table import eagerly, recorded, recorder_of
+from t4r_fast.ops._table import eagerly, formed_gradient, may_share_gradient, recorded, recorder_of
 from t4r_fast.reference import sequence_embedding as reference
 
 AGGREGATIONS = ("concat", "sum")
@@ -53,8 +53,9 @@ def sequence_embedding(
                   looked up but gets no gradient from here
     sparse        for all tables or for each column: the gradient is a sparse tensor of the rows
                   that occur, as in torch.nn.Embedding: for leaf tensors, and not for
-                  torch.compile. A dense one is V x D zeros and the same rows. On a GPU a sparse
-                  one has B * L rows, zeros among them, not coalesced
+                  torch.compile. A dense one is V x D zeros and the same rows; on a CPU, where
+                  tied_softmax_loss has formed one of the same leaf, these rows are added to it. On
+                  a GPU a sparse one has B * L rows, zeros among them, not coalesced
     returns       (B, L, W) in the dtype of the tables
 
     Differentiable once in tables, continuous columns and mask_vector. Table gradients are sums in
@@ -236,7 +237,9 @@ class _SequenceEmbedding(torch.autograd.Function):
         ctx.shapes = [
             column.shape if table is None else table.shape for column, table in zip(columns, tables)
         ]
-        # Tables are not saved: an optimizer may step between forward and backward.
+        # Tables are not saved: an optimizer may step between forward and backward. Backward asks
+        # only which tensors they are.
+        ctx.tables = [t if t is not None and may_share_gradient(t) else None for t in tables]
         ids = [None if table is None else column for column, table in zip(columns, tables)]
         ctx.save_for_backward(mask, *ids)
         return backend.ops(ctx.backend, reference).sequence_embedding_fwd(
@@ -254,6 +257,8 @@ class _SequenceEmbedding(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         mask, *columns = ctx.saved_tensors
         count, options, needs = len(columns), ctx.options, ctx.needs_input_grad
+        formed = [None if table is None else formed_gradient(table) for table in ctx.tables]
+        sparse = [s or g is not None for s, g in zip(options.sparse, formed)]
         of_columns, of_tables = needs[3 : 3 + count], needs[3 + count :]
         widths = [
             1 if ids is None and len(shape) == 2 else shape[-1]
@@ -268,7 +273,7 @@ class _SequenceEmbedding(torch.autograd.Function):
             mask,
             options.zero_padding,
             options.padding_idx,
-            any(options.sparse),
+            any(sparse),
             [int(c or t) for c, t in zip(of_columns, of_tables)] + [int(needs[2])],
         )
         dcolumns: list[Tensor | None] = [None] * count
@@ -276,14 +281,17 @@ class _SequenceEmbedding(torch.autograd.Function):
         for f, shape in enumerate(ctx.shapes):
             if of_columns[f]:
                 dcolumns[f] = gradients[f].reshape(shape)
-            elif of_tables[f] and options.sparse[f]:
+            elif of_tables[f] and sparse[f]:
                 # C++: ids are ascending and different. CUDA: a row for each position, see below
                 dtables[f] = torch.sparse_coo_tensor(
                     *(ids[f][None], gradients[f], shape),
                     is_coalesced=ctx.backend == "cpu",
                     check_invariants=False,
                 )
-            elif of_tables[f] and any(options.sparse):
+                if formed[f] is not None:
+                    formed[f].add_(dtables[f])
+                    dtables[f] = None
+            elif of_tables[f] and any(sparse):
                 dense = gradients[f].new_zeros(shape)
                 # of the rows of an id all but one are zeros: the same bits in any order
                 dtables[f] = dense.index_add_(0, ids[f], gradients[f])

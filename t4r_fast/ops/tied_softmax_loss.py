@@ -16,7 +16,15 @@ from t4r_fast.ops._check import (
     checked,
     full_precision,
 )
-from t4r_fast.ops._table import Recorder, all_up_to_date, eagerly, recorder_of, softmax_rows
+from t4r_fast.ops._table import (
+    Recorder,
+    all_up_to_date,
+    eagerly,
+    may_share_gradient,
+    note_formed_gradient,
+    recorder_of,
+    softmax_rows,
+)
 from t4r_fast.reference import tied_softmax_loss as reference
 from t4r_fast.reference._scores import compute_dtype
 
@@ -185,6 +193,7 @@ class _TiedSoftmaxLoss(torch.autograd.Function):
                 hidden, items, target, bias, rows, *options, stash_items, need_mean
             )
         ctx.options = options
+        ctx.table = items if may_share_gradient(items) else None
         # Native kernels give lse in float64: probabilities are exp(z - lse), and at |lse| = 1e4
         # the last bit of float32 is 1e-3 of all of them.
         ctx.save_for_backward(hidden, items, target, bias, rows, lse, stash, mean)
@@ -224,6 +233,8 @@ class _TiedSoftmaxLoss(torch.autograd.Function):
                 *ctx.options,
                 *needs,
             )
+        if needs[1] and ctx.table is not None:
+            note_formed_gradient(ctx.table, ditems)
         found = zip(needs, (dhidden, ditems, dbias))
         return *(gradient if needed else None for needed, gradient in found), *[None] * 6
 
