@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 from t4r_fast.compat import warn_once
-from t4r_fast.torch.registry import Registry
+from t4r_fast.registry import Registry
 
 transformer_registry = Registry("transformer")
 

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from t4r_fast.config.schema import SchemaMixin
+from t4r_fast.registry import Registry
 from t4r_fast.schema import ColumnSchema, Schema, Tags
 from t4r_fast.torch.block.base import BlockBase, SequentialBlock
-from t4r_fast.torch.registry import Registry
 
 TabularData = dict[str, torch.Tensor]
 Sizes = dict[str, tuple[int, ...]]

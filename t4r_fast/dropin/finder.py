@@ -1,0 +1,141 @@
+"""The import hook: names of the reference to modules of t4r_fast, never to copies of them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import types
+from collections.abc import Sequence
+
+from t4r_fast.compat import warn_once
+from t4r_fast.dropin import names
+from t4r_fast.errors import InputError
+
+_VARIABLE = "T4R_FAST_DROPIN"
+
+
+class _Loader(importlib.abc.Loader):
+    """Gives the module of t4r_fast itself, or an empty package."""
+
+    def __init__(self, target: str | None) -> None:
+        self.target = target
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        if self.target is None:
+            return types.ModuleType(spec.name)
+        module = importlib.import_module(self.target)
+        self._spec = module.__spec__
+        return module
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        if self.target is not None:
+            # importlib has written the spec of the other name into it
+            module.__spec__ = self._spec
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Answers all imports below some roots."""
+
+    def __init__(self, roots: tuple[str, ...]) -> None:
+        self.roots = roots
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None = None,
+        target: types.ModuleType | None = None,
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname.partition(".")[0] not in self.roots:
+            return None
+        try:
+            ours = names.target(fullname)
+        except KeyError:
+            raise ModuleNotFoundError(
+                f"t4r_fast.dropin has no module {fullname!r}; docs/compatibility.md lists what is"
+                " there",
+                name=fullname,
+            ) from None
+        package = (
+            ours is None or importlib.util.find_spec(ours).submodule_search_locations is not None
+        )
+        return importlib.machinery.ModuleSpec(
+            fullname, _Loader(ours), origin=ours, is_package=package
+        )
+
+
+_finder: _Finder | None = None
+
+
+def install(replace: bool | None = None) -> tuple[str, ...]:
+    """Answer the import names of the reference by t4r_fast from here on.
+
+    replace  True: in place of an installed Transformers4Rec, too; False: where it is installed it
+             stays in use, with a warning. None: as the environment variable T4R_FAST_DROPIN says,
+             "replace" or nothing
+    returns  the import roots that are answered
+
+    Importing t4r_fast.dropin calls this; a later call overrides an earlier one. Raises InputError
+    on another value of the variable, and RuntimeError when modules of the real package are already
+    imported and would be mixed with ours.
+    """
+    global _finder
+    if replace is None:
+        value = os.environ.get(_VARIABLE, "")
+        if value not in ("", "replace"):
+            raise InputError(f"{_VARIABLE} must be 'replace' or not set; got {value!r}")
+        replace = value == "replace"
+    uninstall()
+    roots: list[str] = []
+    for owner, owned in names.ROOTS.items():
+        real = _installed(owner)
+        if real and not (replace and owner == "transformers4rec"):
+            if owner == "transformers4rec":
+                warn_once(
+                    "t4r_fast.dropin.install(replace=True), or T4R_FAST_DROPIN=replace",
+                    "Transformers4Rec is installed and stays in use under its own name; t4r_fast"
+                    " can answer in its place",
+                )
+            continue
+        _refuse_imported(owned)
+        roots += owned
+    _finder = _Finder(tuple(roots))
+    # first: behind the others, submodules would be found by path and loaded a second time
+    sys.meta_path.insert(0, _finder)
+    return answered()
+
+
+def uninstall() -> None:
+    """Let the names mean again what they meant before; what was imported stays as it is."""
+    global _finder
+    if _finder is None:
+        return
+    sys.meta_path.remove(_finder)
+    for name in list(sys.modules):
+        if name.partition(".")[0] in _finder.roots:
+            del sys.modules[name]
+    _finder = None
+
+
+def answered() -> tuple[str, ...]:
+    """The import roots that t4r_fast answers at present."""
+    return () if _finder is None else _finder.roots
+
+
+def _installed(root: str) -> bool:
+    if root in sys.modules:
+        return sys.modules[root] is not None
+    return importlib.util.find_spec(root) is not None
+
+
+def _refuse_imported(roots: tuple[str, ...]) -> None:
+    for root in roots:
+        if sys.modules.get(root) is not None:
+            raise RuntimeError(
+                f"t4r_fast.dropin: {root} is already imported from"
+                f" {getattr(sys.modules[root], '__file__', 'elsewhere')}; import t4r_fast.dropin"
+                " before it, or restart the process"
+            )

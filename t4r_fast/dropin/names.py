@@ -1,0 +1,53 @@
+"""Which module of t4r_fast stands behind which import name."""
+
+from __future__ import annotations
+
+import importlib.util
+
+# Import roots by the distribution that they really come with.
+ROOTS = {
+    "transformers4rec": ("transformers4rec", "merlin_standard_lib"),
+}
+
+# None: a package of the reference with nothing in it but submodules.
+MODULES: dict[str, str | None] = {
+    "transformers4rec": "t4r_fast.dropin.transformers4rec",
+    "transformers4rec.torch": "t4r_fast.torch",
+    "transformers4rec.torch.model.model": "t4r_fast.torch.model.base",  # its place in 0.1
+    "transformers4rec.torch.utils": None,
+    "transformers4rec.torch.utils.data_utils": "t4r_fast.torch.data",
+    "transformers4rec.torch.utils.examples_utils": "t4r_fast.dropin.examples",
+    "transformers4rec.config": "t4r_fast.config",
+    "merlin_standard_lib": "t4r_fast.dropin.merlin_standard_lib",
+    "merlin_standard_lib.schema": "t4r_fast.dropin.merlin_standard_lib.schema",
+    "merlin_standard_lib.schema.schema": "t4r_fast.schema",
+    "merlin_standard_lib.schema.tag": "t4r_fast.schema",
+}
+
+# Below these every module of ours has its name of the reference.
+SUBTREES = {
+    "transformers4rec.torch.": "t4r_fast.torch.",
+    "transformers4rec.config.": "t4r_fast.config.",
+}
+
+
+def target(name: str) -> str | None:
+    """The module of t4r_fast behind an import name.
+
+    Raises KeyError for a name that has none.
+    """
+    if name in MODULES:
+        return MODULES[name]
+    for theirs, ours in SUBTREES.items():
+        if name.startswith(theirs):
+            found = ours + name.removeprefix(theirs)
+            if _exists(found):
+                return found
+    raise KeyError(name)
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package above it
+        return False
