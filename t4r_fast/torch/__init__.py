@@ -51,6 +51,7 @@ from t4r_fast.torch.features.pretrained import PretrainedEmbeddingFeatures
 from t4r_fast.torch.features.sequence import TabularSequenceFeatures
 from t4r_fast.torch.features.soft import SoftEmbedding, SoftEmbeddingFeatures
 from t4r_fast.torch.features.tabular import TabularFeatures
+from t4r_fast.torch.losses import LabelSmoothCrossEntropyLoss
 from t4r_fast.torch.masking import (
     CausalLanguageModeling,
     MaskedLanguageModeling,
@@ -64,6 +65,8 @@ from t4r_fast.torch.model.head import Head
 from t4r_fast.torch.model.lazy_logits import LazyLogits
 from t4r_fast.torch.model.prediction_task import NextItemPredictionTask
 from t4r_fast.torch.model.replaced_item_task import ReplacedItemPredictionTask
+from t4r_fast.torch.model.session_task import BinaryClassificationTask, RegressionTask
+from t4r_fast.torch.model.task import PredictionTask
 from t4r_fast.torch.tabular.aggregation import (
     ConcatFeatures,
     ElementwiseSum,
@@ -92,6 +95,7 @@ __all__ = [
     "AlbertConfig",
     "AsTabular",
     "BertConfig",
+    "BinaryClassificationTask",
     "Block",
     "BlockBase",
     "BuildableBlock",
@@ -106,6 +110,7 @@ __all__ = [
     "FilterFeatures",
     "GPT2Config",
     "Head",
+    "LabelSmoothCrossEntropyLoss",
     "LazyLogits",
     "LongformerConfig",
     "MLPBlock",
@@ -118,10 +123,12 @@ __all__ = [
     "NextItemPredictionTask",
     "ParquetDataLoader",
     "PermutationLanguageModeling",
+    "PredictionTask",
     "PretrainedEmbeddingFeatures",
     "PretrainedEmbeddingsInitializer",
     "PyarrowDataLoader",
     "ReformerConfig",
+    "RegressionTask",
     "ReplacedItemPredictionTask",
     "ReplacementLanguageModeling",
     "RobertaConfig",

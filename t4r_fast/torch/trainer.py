@@ -361,7 +361,7 @@ class Trainer(Checkpoints, transformers.Trainer):
             self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
         metrics = {"loss": loss.mean(description)}
         if counting:
-            metrics.update({k: float(v) for k, v in model.compute_metrics().items()})
+            metrics.update(_flat(model.compute_metrics()))
         prefix = metric_key_prefix if get_compat() == "0.1" else f"{metric_key_prefix}_"
         metrics = {f"{prefix}/{key}": value for key, value in metrics.items()}
         ids_and_scores, labels = kept.arrays() if keep else (None, None)
@@ -483,6 +483,14 @@ def _check_dense(model: nn.Module) -> None:
             " of transformers do not take; set T4RecTrainingArguments(table_optimizer='adamw'),"
             " which needs no sparse=True, or train in your own loop with torch.optim.SparseAdam"
         )
+
+
+def _flat(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Values by their own keys; those of several tasks come as dicts by task name."""
+    found: dict[str, float] = {}
+    for key, value in metrics.items():
+        found.update(_flat(value) if isinstance(value, Mapping) else {key: float(value)})
+    return found
 
 
 def _rows(batch: Any) -> int:

@@ -1,4 +1,4 @@
-"""Prediction tasks: what stands behind the body, its loss and its metrics."""
+"""Next-item prediction: what stands behind the body, its loss and its metrics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from t4r_fast.ops.tied_softmax_loss import tied_softmax_loss
 from t4r_fast.torch.block.base import BuildableBlock, takes_mode
 from t4r_fast.torch.block.mlp import MLPBlock
 from t4r_fast.torch.model.lazy_logits import LazyLogits
+from t4r_fast.torch.model.session_task import BinaryClassificationTask, RegressionTask
+from t4r_fast.torch.model.task import PredictionTask, built
 from t4r_fast.torch.ranking_metric import AvgPrecisionAt, NDCGAt, RankingMetric, RecallAt
+
+__all__ = ["BinaryClassificationTask", "NextItemPredictionTask", "RegressionTask"]
 
 LOG = logging.getLogger("t4r_fast")
 
@@ -48,7 +52,7 @@ class _Scorer(nn.Module):
         self.module = module
 
 
-class NextItemPredictionTask(nn.Module):
+class NextItemPredictionTask(PredictionTask):
     """Predict the next item out of all: softmax over the whole catalogue, ranking metrics.
 
     loss                 torch.nn.CrossEntropyLoss(), with or without label_smoothing: computed by
@@ -93,19 +97,23 @@ class NextItemPredictionTask(nn.Module):
         softmax_temperature: float = 1,
         padding_idx: int = 0,
         target_dim: int | None = None,
-        hf_format: bool = False,
         sampled_softmax: bool = False,
         max_n_samples: int = 100,
         sampler: str | None = None,
         sparse: bool = False,
+        hf_format: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            loss=nn.CrossEntropyLoss() if loss is None else loss,
+            metrics=_default_metrics() if metrics is None else metrics,
+            task_name=task_name,
+            task_block=task_block,
+        )
         if not softmax_temperature > 0:
             raise ValueError(
                 "NextItemPredictionTask: softmax_temperature must be > 0; got"
                 f" {softmax_temperature}"
             )
-        self.loss = nn.CrossEntropyLoss() if loss is None else loss
         self.sampler = _checked_sampler(sampled_softmax, max_n_samples, sampler, self.loss)
         self.max_n_samples = max_n_samples
         if sparse and not sampled_softmax:
@@ -115,10 +123,6 @@ class NextItemPredictionTask(nn.Module):
                 " T4RecTrainingArguments(table_optimizer='adamw'), or t4r_fast.optim.for_model"
             )
         self.sparse = sparse
-        self.metrics = nn.ModuleList(_default_metrics() if metrics is None else metrics)
-        self._task_block = task_block
-        self.task_block: nn.Module | None = None
-        self.task_name = task_name
         self.weight_tying = weight_tying
         self.softmax_temperature = float(softmax_temperature)
         self.padding_idx = padding_idx
@@ -129,8 +133,16 @@ class NextItemPredictionTask(nn.Module):
 
     # -- building --------------------------------------------------------------------------------
 
-    def build(self, body: nn.Module, input_size: tuple[int, ...], inputs: nn.Module) -> None:
+    def build(
+        self,
+        body: nn.Module,
+        input_size: tuple[int, ...],
+        inputs: nn.Module | None = None,
+        device: torch.device | str | None = None,
+        task_block: BuildableBlock | nn.Module | None = None,
+    ) -> None:
         """Connect the task to the input block's item table and masking."""
+        inputs = getattr(body, "inputs", None) if inputs is None else inputs
         if inputs is None or getattr(inputs, "item_id", None) is None:
             raise ValueError(
                 "NextItemPredictionTask: the model needs an input block with a column tagged"
@@ -147,7 +159,7 @@ class NextItemPredictionTask(nn.Module):
         self.embeddings = inputs.categorical_module
         self.item_embedding_table = inputs.item_embedding_table
         table, width = self.item_embedding_table, int(input_size[-1])
-        block = self._task_block
+        block = self._task_block if task_block is None else task_block
         if block is None and self.weight_tying and width != table.embedding_dim:
             LOG.warning(
                 "Projecting inputs of NextItemPredictionTask to'%d' As weight tying requires the"
@@ -157,9 +169,7 @@ class NextItemPredictionTask(nn.Module):
                 table.embedding_dim,
             )
             block = MLPBlock([table.embedding_dim], activation=nn.ReLU if old else None)
-        if isinstance(block, BuildableBlock):
-            block = block.build(input_size)
-        self.task_block = block
+        self.task_block = block = built(block, input_size)
         if block is not None:
             width = int(block.output_size()[-1])
         if self.weight_tying and width != table.embedding_dim:
@@ -176,7 +186,10 @@ class NextItemPredictionTask(nn.Module):
         tied = table if self.weight_tying else None
         if tied is not None and self.sparse:
             tied.sparse = True  # of the two gradients of the table neither may be dense
+        self.target_dim = rows
         self.pre = _Scorer(_ItemScores(tied, rows, width, bias=old))
+        if device is not None:
+            self.to(device)
 
     # -- the pass --------------------------------------------------------------------------------
 
@@ -291,24 +304,16 @@ class NextItemPredictionTask(nn.Module):
             found.update(self._named(metric, values))
         return found
 
-    def compute_metrics(self, mode: str | None = None) -> dict[str, torch.Tensor]:
+    def compute_metrics(self) -> dict[str, torch.Tensor]:
         """The metrics over all batches since the last reset, by key, e.g. next-item/ndcg_at_10."""
         found = {}
         for metric in self.metrics:
-            found.update(self._named(metric, metric.compute(), mode))
+            found.update(self._named(metric, metric.compute()))
         return found
 
-    def reset_metrics(self) -> None:
-        for metric in self.metrics:
-            metric.reset()
-
-    def _named(
-        self, metric: RankingMetric, values: torch.Tensor, mode: str | None = None
-    ) -> dict[str, torch.Tensor]:
-        prefix = f"{mode}_{self.task_name}" if mode else self.task_name
-        return {
-            f"{prefix}/{metric.name}_{k}": v for k, v in zip(metric.top_ks, values, strict=True)
-        }
+    def _named(self, metric: RankingMetric, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        name = self.metric_name(metric)
+        return {f"{name}_{k}": v for k, v in zip(metric.top_ks, values, strict=True)}
 
 
 def _default_metrics() -> list[RankingMetric]:

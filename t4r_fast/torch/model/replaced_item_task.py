@@ -55,9 +55,16 @@ class ReplacedItemPredictionTask(NextItemPredictionTask):
         self.discriminator: nn.Module | None = None
         self.discriminator_weight = discriminator_weight
 
-    def build(self, body: nn.Module, input_size: tuple[int, ...], inputs: nn.Module) -> None:
+    def build(
+        self,
+        body: nn.Module,
+        input_size: tuple[int, ...],
+        inputs: nn.Module | None = None,
+        **options: object,
+    ) -> None:
         """Connect the task to the body and its input block."""
-        super().build(body, input_size, inputs)
+        inputs = getattr(body, "inputs", None) if inputs is None else inputs
+        super().build(body, input_size, inputs, **options)
         if not isinstance(self.masking, ReplacementLanguageModeling):
             raise ValueError(
                 "ReplacedItemPredictionTask: the input block's masking must be 'rtd'; got"
