@@ -13,6 +13,7 @@ import pytest
 import torch
 from session_files import walks, write_windows
 
+from t4r_fast.errors import InputError
 from t4r_fast.tutorial import models, saved_model, state
 from t4r_fast.tutorial.run import train_and_report
 from t4r_fast.tutorial.sessions import SessionData
@@ -178,3 +179,9 @@ def test_sigkill_and_resume_equal_an_uninterrupted_run(data, finished, tmp_path,
     whole = saved_model.load(finished[0] / "models" / "xlnet_mlm").model.state_dict()
     for key, value in whole.items():
         assert torch.equal(resumed[key], value), key
+
+
+def test_torchrun_is_refused(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="runs in one process and 2 were started"):
+        train_and_report(data, tmp_path, SMALL, title="walks", window="day", command="t4r-fast")

@@ -217,8 +217,8 @@ _REFUSED = {
     "label_smoothing_factor": "give the prediction task loss=CrossEntropyLoss(label_smoothing=...)",
     "fp16_full_eval": "use bf16=True or fp16=True, which evaluate in mixed precision",
     "bf16_full_eval": "use bf16=True or fp16=True, which evaluate in mixed precision",
-    "deepspeed": "train in one process on one device",
-    "fsdp": "train in one process on one device",
+    "deepspeed": "start one process per GPU with torchrun",
+    "fsdp": "start one process per GPU with torchrun",
     "push_to_hub": "upload the checkpoint folder yourself",
     "use_liger_kernel": "leave it out: the model calls fused ops of its own",
     "neftune_noise_alpha": "leave it out: it is for language models",
@@ -266,14 +266,16 @@ def check_arguments(args: Any) -> None:
             f"train_sampling_strategy={args.train_sampling_strategy!r} has no effect: sessions are"
             " shuffled; 'sequential' keeps their order",
         )
-    if args.world_size > 1:
+    if args.world_size > 1 and args.table_optimizer is not None:
         raise InputError(
-            f"Trainer: {args.world_size} processes were started, one is supported; start it without"
-            " torchrun"
+            f"Trainer: table_optimizer={args.table_optimizer!r} works in one process, and"
+            f" {args.world_size} were started: it forms no gradient that processes could exchange."
+            " Leave it out, or start without torchrun"
         )
     if args.n_gpu > 1:
         warn_once(
             "Trainer n_gpu",
-            f"one of {args.n_gpu} GPUs is used; choose it with CUDA_VISIBLE_DEVICES",
+            f"one of {args.n_gpu} GPUs is used; choose it with CUDA_VISIBLE_DEVICES, or start a"
+            f" process for each with torchrun --nproc-per-node {args.n_gpu}",
         )
         args._n_gpu = 1

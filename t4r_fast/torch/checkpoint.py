@@ -22,6 +22,7 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from t4r_fast.errors import InputError
+from t4r_fast.torch.distributed import mean_over_processes
 
 WEIGHTS = "model.safetensors"
 OLD_WEIGHTS = "pytorch_model.bin"
@@ -70,18 +71,25 @@ class Checkpoints:
         The folder is written under another name and renamed when complete: a process killed here
         leaves the former folder, or none. In a callback during training set
         control.should_save = True instead: the Trainer then saves after the step is logged.
+        Of several processes all must call it, with a `path` that all of them see.
         """
         path = Path(path)
         part = path.with_name(f".{path.name}.part")
         former = _former(path)
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        writes = self.args.process_index == 0
+        if writes:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        self._wait_for_all()
         self._write_state(str(part))
-        if path.exists():
+        self._wait_for_all()
+        if writes:
+            if path.exists():
+                shutil.rmtree(former, ignore_errors=True)
+                path.rename(former)
+            part.rename(path)
             shutil.rmtree(former, ignore_errors=True)
-            path.rename(former)
-        part.rename(path)
-        shutil.rmtree(former, ignore_errors=True)
+        self._wait_for_all()
         return str(path)
 
     def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
@@ -109,7 +117,16 @@ class Checkpoints:
 
     # -- writing ---------------------------------------------------------------------------------
 
+    def _wait_for_all(self) -> None:
+        if self.args.world_size > 1:
+            torch.distributed.barrier()
+
     def _write_state(self, folder: str) -> None:
+        progress = self._progress()
+        if self.args.process_index:
+            if not self.args.save_only_model:
+                self._save_rng_state(folder)
+            return
         self.save_model(folder, _internal_call=True)
         if not self.args.save_only_model:
             if self.optimizer is None:
@@ -123,7 +140,7 @@ class Checkpoints:
             if isinstance(callback, ExportableState):
                 self.state.stateful_callbacks[type(callback).__name__] = callback.state()
         self.state.save_to_json(os.path.join(folder, TRAINER_STATE_NAME))
-        Path(folder, PROGRESS).write_text(json.dumps(self._progress(), indent=1))
+        Path(folder, PROGRESS).write_text(json.dumps(progress, indent=1))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = self.args.output_dir if output_dir is None else output_dir
@@ -141,6 +158,8 @@ class Checkpoints:
             if best == folder or best.is_dir():
                 self.state.best_model_checkpoint = str(best)
         self.save_checkpoint(folder)
+        if self.args.process_index:
+            return
         rotate_checkpoints(
             output_dir=str(run),
             save_total_limit=self.args.save_total_limit,
@@ -164,6 +183,8 @@ class Checkpoints:
     def _progress(self) -> dict[str, float]:
         """Loss sums between two logs, seconds and steps: with them a resumed run logs the same."""
         loss = getattr(self, "_tr_loss", 0.0)
+        if self.args.world_size > 1:
+            loss = mean_over_processes(loss, self.args.device)
         running = 0.0 if self._started is None else time.time() - self._started
         return {
             "loss_since_log": float(loss),

@@ -15,6 +15,14 @@ from t4r_fast.errors import InputError
 LOG = logging.getLogger("t4r_fast")
 
 
+def target_rows(labels: Any, predictions: Any, sessions: int, device: torch.device) -> torch.Tensor:
+    """Rows that a batch's loss is the mean of, () float64: its targets, or else its sessions."""
+    padding = getattr(predictions, "padding_idx", None)
+    if padding is not None and isinstance(labels, torch.Tensor):
+        return (labels != padding).sum().double()
+    return torch.tensor(sessions, dtype=torch.float64, device=device)
+
+
 class LossSum:
     """Mean loss over target rows, summed on the device without waiting for it."""
 
@@ -25,10 +33,7 @@ class LossSum:
 
     def add(self, loss: torch.Tensor, labels: Any, predictions: Any, sessions: int) -> None:
         self.sessions += sessions
-        padding = getattr(predictions, "padding_idx", None)
-        rows = torch.tensor(sessions, dtype=torch.float64, device=loss.device)
-        if padding is not None and isinstance(labels, torch.Tensor):
-            rows = (labels != padding).sum().double()
+        rows = target_rows(labels, predictions, sessions, loss.device)
         # a batch without targets has no loss (nan)
         weighted = torch.where(rows > 0, loss.detach().double() * rows, 0.0)
         self.sum += weighted.to(self.sum.device)
@@ -43,14 +48,18 @@ class LossSum:
 
 @dataclasses.dataclass
 class KeptPredictions:
-    """The best items of each target row and its label, on the host."""
+    """The best items of each target row and its label, on the host.
+
+    steps  which batch each entry of the other lists is of
+    """
 
     top_k: int
+    steps: list[int] = dataclasses.field(default_factory=list)
     ids: list[np.ndarray] = dataclasses.field(default_factory=list)
     scores: list[np.ndarray] = dataclasses.field(default_factory=list)
     labels: list[np.ndarray] = dataclasses.field(default_factory=list)
 
-    def add(self, predictions: Any, labels: Any) -> None:
+    def add(self, predictions: Any, labels: Any, step: int = 0) -> None:
         if not isinstance(labels, torch.Tensor):
             raise InputError("Trainer.predict: a model with one head and one task is needed")
         rows = labels != getattr(predictions, "padding_idx", None)
@@ -64,6 +73,7 @@ class KeptPredictions:
             self.ids.append(ids.cpu().numpy())
         self.scores.append(scores.detach().float().cpu().numpy())
         self.labels.append(labels[rows].cpu().numpy())
+        self.steps.append(step)
 
     def arrays(self) -> tuple[Any, np.ndarray]:
         scores, labels = np.concatenate(self.scores), np.concatenate(self.labels)

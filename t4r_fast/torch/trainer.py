@@ -32,10 +32,11 @@ from t4r_fast.config.trainer import T4RecTrainingArguments, check_arguments
 from t4r_fast.errors import InputError
 from t4r_fast.optim import ModelOptimizer, for_model
 from t4r_fast.schema import Schema
+from t4r_fast.torch import distributed
 from t4r_fast.torch.checkpoint import Checkpoints, _complete
 from t4r_fast.torch.data import T4RecDataLoader
 from t4r_fast.torch.data.given import GivenLoader, resumable
-from t4r_fast.torch.evaluation import KeptPredictions, LossSum
+from t4r_fast.torch.evaluation import KeptPredictions, LossSum, target_rows
 
 LOG = logging.getLogger("t4r_fast")
 
@@ -61,7 +62,11 @@ class Trainer(Checkpoints, transformers.Trainer):
     under `eval_/...` at 23.12, beside eval_runtime, eval_samples_per_second, eval_steps_per_second.
     The loss is the mean over target rows; the reference weighs the last, smaller batch like a full
     one. predict() gives (ids, scores) of the predict_top_k best items for each session's last item,
-    with its labels. Replaces transformers4rec.torch.Trainer.
+    with its labels.
+
+    Under torchrun there is one process per device. Each takes its part of every training step's
+    sessions, and evaluate() and predict() give in every process what one alone would give.
+    Replaces transformers4rec.torch.Trainer.
     """
 
     def __init__(
@@ -137,6 +142,8 @@ class Trainer(Checkpoints, transformers.Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """The loader set as train_dataloader, else one over the training files, shuffled."""
         if self.train_dataloader is not None:
+            if self.args.world_size > 1:
+                return distributed.own_part(self.train_dataloader, self.args.device)
             return resumable(self.train_dataloader)
         shuffle = self.args.train_sampling_strategy != "sequential"
         data = self.train_dataset_or_path
@@ -172,7 +179,9 @@ class Trainer(Checkpoints, transformers.Trainer):
             return data
         if self.schema is None:
             raise InputError("Trainer: give a schema; it says which columns to read from the files")
-        args = self.args
+        args, options = self.args, {}
+        if kind == "train" and args.world_size > 1:
+            options = {"global_size": args.world_size, "global_rank": args.process_index}
         return T4RecDataLoader.parse(args.data_loader_engine).from_schema(
             self.schema,
             data,
@@ -183,6 +192,7 @@ class Trainer(Checkpoints, transformers.Trainer):
             drop_last=args.dataloader_drop_last,
             seed=args.seed if args.data_seed is None else args.data_seed,
             prefetch=args.dataloader_prefetch_factor or 4,
+            **options,
         )
 
     def num_examples(self, dataloader: Any) -> int:
@@ -295,6 +305,10 @@ class Trainer(Checkpoints, transformers.Trainer):
         """The model's training loss on a batch, inputs or (inputs, targets)."""
         features, targets = _parts(inputs)
         outputs = model(features, targets=targets, training=True)
+        if self.args.world_size > 1:
+            loss, sessions = outputs["loss"], _rows(inputs)
+            rows = target_rows(outputs["labels"], outputs["predictions"], sessions, loss.device)
+            outputs["loss"] = distributed.weighted_loss(loss, rows, self.args.world_size)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     # -- evaluation ------------------------------------------------------------------------------
@@ -335,6 +349,10 @@ class Trainer(Checkpoints, transformers.Trainer):
         if (optimizer := self._model_optimizer()) is not None:
             optimizer.flush()
         model.eval()
+        several = args.world_size > 1
+        if several:
+            distributed.share_buffers(model)
+        parts = args.world_size if several and not distributed.is_shared_out(dataloader) else 1
         self.callback_handler.eval_dataloader = dataloader
         counting = bool(self.compute_metrics) and not args.prediction_loss_only
         if counting:
@@ -347,6 +365,8 @@ class Trainer(Checkpoints, transformers.Trainer):
         for step, batch in enumerate(dataloader):
             if limit and step == limit:
                 break
+            if step % parts != args.process_index % parts:
+                continue
             batch_loss, predictions, labels, _ = self.prediction_step(
                 model, batch, prediction_loss_only=args.prediction_loss_only and not (keep or log)
             )
@@ -355,10 +375,14 @@ class Trainer(Checkpoints, transformers.Trainer):
             if counting and step % args.compute_metrics_each_n_steps == 0:
                 found = model.calculate_metrics(predictions, labels)
             if keep:
-                kept.add(predictions, labels)
+                kept.add(predictions, labels, step)
             if log:
                 self._log_predictions(predictions, labels, found, metric_key_prefix)
             self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
+        if several:
+            distributed.add_up(model, loss, counting)
+            if keep:
+                distributed.gather(kept)
         metrics = {"loss": loss.mean(description)}
         if counting:
             metrics.update(_flat(model.compute_metrics()))
@@ -443,6 +467,8 @@ class _Bookkeeping(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.trainer._begin_run()
+        if args.world_size > 1:
+            distributed.part_ways()
         if (optimizer := self.trainer._model_optimizer()) is not None:
             optimizer.zero_grad()  # what a train() that broke off left recorded
 

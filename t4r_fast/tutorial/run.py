@@ -41,11 +41,21 @@ def run_etl(
     """
     from t4r_fast import etl
 
+    _in_one_process()
     progress = progress or Progress()
     if not (out / "data").is_dir():
         tell = _etl_progress(progress)
         etl.run([str(p) for p in inputs], out / "data", window=window, progress=tell, **options)
     return SessionData(out / "data")
+
+
+def _in_one_process() -> None:
+    """Refuse torchrun: its processes would write the same files."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            f"the tutorial runs in one process and {os.environ['WORLD_SIZE']} were started; start"
+            " it without torchrun, or a script with a Trainer, as in docs/recipes.md, with it"
+        )
 
 
 def _etl_progress(progress: Progress):
@@ -107,6 +117,7 @@ def train_and_report(
     command      how to repeat the run, for the report
     returns      what OUT/results.json holds
     """
+    _in_one_process()
     progress = progress or Progress()
     began = time.perf_counter()
     chosen, left_out = choose_models(names, data)

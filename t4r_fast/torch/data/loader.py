@@ -7,6 +7,7 @@ order depends on the seed and the epoch alone, never on PyTorch's random state.
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -59,8 +60,16 @@ class SessionBatches(IterableDataset):
         targets: list[str],
         prefetch: int,
         memory_limit: int,
+        global_size: int = 1,
+        global_rank: int = 0,
     ) -> None:
         _positive("batch_size", batch_size, 1)
+        _positive("global_size", global_size, 1)
+        if not 0 <= global_rank < global_size:
+            raise InputError(
+                f"ParquetDataLoader: global_rank must be >= 0 and < {global_size}, the"
+                f" global_size; got {global_rank!r}"
+            )
         _positive("shuffle_buffer_size", shuffle_buffer_size, 0)
         _positive("prefetch", prefetch, 0)
         if max_sequence_length is not None:
@@ -69,7 +78,9 @@ class SessionBatches(IterableDataset):
             raise InputError(
                 f"ParquetDataLoader: truncate must be one of {TRUNCATE}; got {truncate!r}"
             )
-        self.batch_size = batch_size
+        # Sessions of one step of all processes, each of which takes its part of them.
+        self.batch_size = batch_size * global_size
+        self.global_size, self.global_rank = global_size, global_rank
         self.max_sequence_length = max_sequence_length
         self.shuffle = shuffle
         self.drop_last = drop_last
@@ -87,7 +98,7 @@ class SessionBatches(IterableDataset):
         row_bytes = max(1, self._bytes() // self._rows)
         self._fits = self._bytes() <= memory_limit
         # a third: the pool, the row group read next and the joined copy are alive together
-        self._pool = shuffle_buffer_size or max(batch_size, memory_limit // (3 * row_bytes))
+        self._pool = shuffle_buffer_size or max(self.batch_size, memory_limit // (3 * row_bytes))
         self._held: SessionTable | None = None
         self._epoch = 0
 
@@ -102,6 +113,11 @@ class SessionBatches(IterableDataset):
             raise InputError(
                 f"data loader: {self._rows} sessions make no full batch of {self.batch_size}, and"
                 " drop_last drops the rest; lower batch_size or set drop_last=False"
+            )
+        if self._rows < self.global_size:
+            raise InputError(
+                f"data loader: {self._rows} sessions cannot be divided among {self.global_size}"
+                " processes; start fewer"
             )
 
     def _bytes(self) -> int:
@@ -119,7 +135,7 @@ class SessionBatches(IterableDataset):
     @property
     def num_batches(self) -> int:
         whole, rest = divmod(self._rows, self.batch_size)
-        return whole + (rest > 0 and not self.drop_last)
+        return whole + (rest >= self.global_size and not self.drop_last)
 
     def set_epoch(self, epoch: int) -> None:
         """The next pass is the `epoch`-th; with the seed it fixes the order of the sessions."""
@@ -159,17 +175,32 @@ class SessionBatches(IterableDataset):
         return table
 
     def _cut(self, table: SessionTable, order: np.ndarray) -> Iterator[Any]:
-        size = self.batch_size
-        end = len(order) - len(order) % size if self.drop_last else len(order)
-        for i in range(0, end, size):
-            yield self._batch(table, order[i : i + size])
+        size, parts = self.batch_size, self.global_size
+        whole, rest = divmod(len(order), size)
+        bounds = [i * size for i in range(whole + 1)]
+        if rest and not self.drop_last:
+            # Fewer sessions than processes go with the batch before, so that every process has one.
+            bounds[-1:] = [whole * size, len(order)] if rest >= parts else [len(order)]
+        for start, end in itertools.pairwise(bounds):
+            own = order[start:end]
+            if parts > 1:
+                own = np.array_split(own, parts)[self.global_rank]
+            yield self._batch(table, own)
+
+    def _ready(self, rows: int) -> int:
+        """How many of the rows held may be given while more are to be read: whole batches.
+
+        Of several processes one batch stays, for a rest too small for all of them to join.
+        """
+        whole = rows // self.batch_size - (self.global_size > 1)
+        return max(0, whole) * self.batch_size
 
     def _in_order(self) -> Iterator[Any]:
         held: list[SessionTable] = []
         for n, block in enumerate(self._blocks, start=1):
             held = [SessionTable.concat([*held, self._read(block)])]
             rows = held[0].rows
-            ready = rows if n == len(self._blocks) else rows - rows % self.batch_size
+            ready = rows if n == len(self._blocks) else self._ready(rows)
             yield from self._cut(held[0], np.arange(ready))
             held = [held[0].take(np.arange(ready, rows))]
 
@@ -185,7 +216,7 @@ class SessionBatches(IterableDataset):
             order = rng.permutation(rows)
             # Half stays, so that rows of this row group also meet those of the next ones.
             half = max(1, rows // 2 // self.batch_size) * self.batch_size
-            ready = rows if n == last else min(half, rows - rows % self.batch_size)
+            ready = rows if n == last else min(half, self._ready(rows))
             yield from self._cut(table, order[:ready])
             held = [table.take(order[ready:])]
 
@@ -216,6 +247,9 @@ class ParquetDataLoader(DataLoader):
     targets              columns given as targets; default: those tagged "target"
     prefetch             batches read ahead; 0 reads in the caller's thread
     memory_limit         bytes; data up to this size are kept in memory between epochs
+    global_size          processes that divide each step's global_size x batch_size sessions, and
+    global_rank          which of them this one is. All take equally many steps: up to
+                         global_size - 1 sessions left at the end join the last batch
 
     Gives (inputs, targets), at compat 0.1 inputs with the targets in it. inputs: list columns
     (B, L), others (B,), int64 or float32; targets: None, a tensor, or a dict of several.
@@ -242,6 +276,8 @@ class ParquetDataLoader(DataLoader):
         targets: str | Iterable[str] | None = None,
         prefetch: int = 4,
         memory_limit: int = 1 << 30,
+        global_size: int = 1,
+        global_rank: int = 0,
     ) -> None:
         if targets is None:
             targets = schema.select_by_tag(Tags.TARGET).column_names
@@ -249,12 +285,14 @@ class ParquetDataLoader(DataLoader):
         schema.select_by_name(names)
         batches = SessionBatches(
             schema, source, batch_size, max_sequence_length, shuffle, drop_last,
-            shuffle_buffer_size, seed, truncate, names, prefetch, memory_limit,
+            shuffle_buffer_size, seed, truncate, names, prefetch, memory_limit, global_size,
+            global_rank,
         )  # fmt: skip
         # batch_size None: the dataset gives whole batches. Being a DataLoader lets the training
         # loop of transformers skip batches when it resumes.
         super().__init__(batches, batch_size=None)
         self._batch_size = batch_size
+        self.global_size, self.global_rank = global_size, global_rank
 
     @classmethod
     def from_schema(
