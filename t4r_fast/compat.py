@@ -6,8 +6,10 @@ differs between them is listed in docs/compatibility.md.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
+from collections.abc import Iterator
 
 LEVELS = ("0.1", "23.12")
 DEFAULT_LEVEL = "23.12"
@@ -41,6 +43,19 @@ def get_compat() -> str:
     if _level is not None:
         return _level
     return _checked(os.environ.get("T4R_FAST_COMPAT", DEFAULT_LEVEL), "T4R_FAST_COMPAT")
+
+
+@contextlib.contextmanager
+def compat_level(level: str | None) -> Iterator[None]:
+    """Inside, set_compat(level); outside, what it was before. None changes nothing."""
+    global _level
+    before = _level
+    if level is not None:
+        set_compat(level)
+    try:
+        yield
+    finally:
+        _level = before
 
 
 def warn_once(option: str, message: str) -> None:

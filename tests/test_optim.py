@@ -21,6 +21,7 @@ from training_case import make_model, make_trainer, write_sessions
 from transformers import TrainerCallback
 
 from t4r_fast import optim
+from t4r_fast.compat import compat_level
 from t4r_fast.errors import InputError
 from t4r_fast.ops._table import recorder_of
 from t4r_fast.ops.item_topk import item_topk
@@ -29,7 +30,6 @@ from t4r_fast.ops.sequence_embedding import sequence_embedding
 from t4r_fast.ops.target_rank import target_rank
 from t4r_fast.ops.tied_softmax_loss import tied_softmax_loss
 from t4r_fast.torch.model.lazy_logits import LazyLogits
-from t4r_fast.tutorial.saved_model import compat_level
 
 V, D = 60, 8
 KINDS = ["sgd", "adagrad", "adamw"]

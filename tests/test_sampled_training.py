@@ -10,6 +10,7 @@ from harness import LargestTensor
 from transformers import TrainerCallback
 
 import t4r_fast.torch as tr
+from t4r_fast.compat import compat_level
 from t4r_fast.config.trainer import T4RecTrainingArguments
 from t4r_fast.errors import InputError
 from t4r_fast.etl import pipeline
@@ -19,7 +20,6 @@ from t4r_fast.schema import Schema
 from t4r_fast.torch.trainer import Trainer
 from t4r_fast.tutorial.baselines import ItemCounts, metrics_from_ranks
 from t4r_fast.tutorial.models import build, feature_columns
-from t4r_fast.tutorial.saved_model import compat_level
 
 ITEMS = 60_000
 

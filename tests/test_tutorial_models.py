@@ -8,6 +8,7 @@ import pytest
 import torch
 from session_files import ITEM, session_schema, write_windows
 
+from t4r_fast import compat
 from t4r_fast.errors import InputError
 from t4r_fast.tutorial import models, saved_model, serving, state
 from t4r_fast.tutorial.run import choose_models
@@ -22,7 +23,7 @@ def only(model, kind):
 
 def test_the_models_have_the_sizes_of_the_tutorial():
     schema = session_schema(118_335, side=False)
-    with saved_model.compat_level("0.1"):
+    with compat.compat_level("0.1"):
         model = models.build("xlnet_mlm", schema)
     assert sum(p.numel() for p in model.parameters()) == 8_718_079
     gru = only(models.build("gru", session_schema(50)), torch.nn.GRU)
@@ -31,7 +32,7 @@ def test_the_models_have_the_sizes_of_the_tutorial():
 
 def test_only_the_corrected_gru_runs_over_time_and_sees_the_history():
     schema = session_schema(50)
-    with saved_model.compat_level("0.1"):
+    with compat.compat_level("0.1"):
         printed, corrected = (models.build(n, schema) for n in ("gru_as_printed", "gru"))
     assert not only(printed, torch.nn.GRU).batch_first
     assert only(corrected, torch.nn.GRU).batch_first
@@ -74,7 +75,7 @@ def saved(tmp_path):
     """A GRU that would rather recommend padding, nulls and unknown items than anything else."""
     schema = session_schema(30)
     options = {"d_model": 8, "item_dim": 8, "max_sequence_length": 6}
-    with saved_model.compat_level("0.1"):
+    with compat.compat_level("0.1"):
         model = models.build("gru", schema, **options)
         bias = model.prediction_tasks[0].pre.module.output_layer_bias
         with torch.no_grad():

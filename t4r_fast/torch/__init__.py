@@ -19,7 +19,8 @@ from t4r_fast.config.transformer import (
     transformer_registry,
 )
 from t4r_fast.schema import Schema, Tags
-from t4r_fast.torch import ranking_metric
+from t4r_fast.torch import ranking_metric, saved_names  # noqa: F401  # the list fills itself
+from t4r_fast.torch.architecture import saveable
 from t4r_fast.torch.block.base import (
     Block,
     BlockBase,
@@ -66,6 +67,7 @@ from t4r_fast.torch.model.lazy_logits import LazyLogits
 from t4r_fast.torch.model.prediction_task import NextItemPredictionTask
 from t4r_fast.torch.model.replaced_item_task import ReplacedItemPredictionTask
 from t4r_fast.torch.model.session_task import BinaryClassificationTask, RegressionTask
+from t4r_fast.torch.model.stored import load_model
 from t4r_fast.torch.model.task import PredictionTask
 from t4r_fast.torch.tabular.aggregation import (
     ConcatFeatures,
@@ -158,10 +160,12 @@ __all__ = [
     "TransformerBlock",
     "XLNetConfig",
     "build_blocks",
+    "load_model",
     "load_weights",
     "masking_registry",
     "ranking_metric",
     "requires_schema",
     "right_shift_block",
+    "saveable",
     "transformer_registry",
 ]

@@ -37,6 +37,7 @@ from t4r_fast.torch.checkpoint import Checkpoints, _complete
 from t4r_fast.torch.data import T4RecDataLoader
 from t4r_fast.torch.data.given import GivenLoader, resumable
 from t4r_fast.torch.evaluation import KeptPredictions, LossSum, target_rows
+from t4r_fast.torch.model.fitting import parts
 
 LOG = logging.getLogger("t4r_fast")
 
@@ -303,7 +304,7 @@ class Trainer(Checkpoints, transformers.Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The model's training loss on a batch, inputs or (inputs, targets)."""
-        features, targets = _parts(inputs)
+        features, targets = parts(inputs)
         outputs = model(features, targets=targets, training=True)
         if self.args.world_size > 1:
             loss, sessions = outputs["loss"], _rows(inputs)
@@ -323,7 +324,7 @@ class Trainer(Checkpoints, transformers.Trainer):
         testing: bool = True,
     ) -> tuple[torch.Tensor | None, Any, Any, None]:
         """(loss, predictions, labels, None) of a batch, without gradients."""
-        features, targets = _parts(self._prepare_inputs(inputs))
+        features, targets = parts(self._prepare_inputs(inputs))
         with torch.no_grad(), self.accelerator.autocast():
             outputs = model(features, targets=targets, training=training, testing=testing)
         if not training and not testing:
@@ -487,18 +488,6 @@ class _Bookkeeping(TrainerCallback):
 # -- batches ---------------------------------------------------------------------------------------
 
 
-def _parts(batch: Any) -> tuple[dict[str, torch.Tensor], Any]:
-    """Inputs and targets of a batch."""
-    if isinstance(batch, Mapping):
-        return dict(batch), None
-    if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[0], Mapping):
-        return dict(batch[0]), batch[1]
-    raise TypeError(
-        "Trainer: a batch must be a dict of tensors or (dict of tensors, targets); the data loader"
-        f" gave {type(batch).__name__}"
-    )
-
-
 def _check_dense(model: nn.Module) -> None:
     """Refuse sparse gradients: the optimizers of transformers and its clipping take none."""
     modules = model.named_modules()
@@ -520,7 +509,7 @@ def _flat(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _rows(batch: Any) -> int:
-    return len(next(iter(_parts(batch)[0].values())))
+    return len(next(iter(parts(batch)[0].values())))
 
 
 def _batch_size(loader: Any) -> int:

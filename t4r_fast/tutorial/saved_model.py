@@ -7,15 +7,13 @@ schema.pbtxt       the columns it was built from
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from t4r_fast import compat
+from t4r_fast.compat import compat_level, get_compat
 from t4r_fast.errors import InputError
 from t4r_fast.schema import Schema
 from t4r_fast.tutorial import state
@@ -60,7 +58,7 @@ def save(folder: Path, name: str, model: Model, schema: Schema, options: dict, *
     config = {
         "format": FORMAT,
         "model": name,
-        "compat": compat.get_compat(),
+        "compat": get_compat(),
         "options": options,
         "versions": versions(),
         **more,
@@ -99,15 +97,3 @@ def load(folder: str | os.PathLike[str]) -> SavedModel:
             f"{folder / WEIGHTS}: does not hold the weights of this model ({reason})"
         ) from e
     return SavedModel(config["model"], model.eval(), schema, config)
-
-
-@contextlib.contextmanager
-def compat_level(level: str | None) -> Iterator[None]:
-    """Inside, set_compat(level); outside, what it was before. None changes nothing."""
-    before = compat._level
-    if level is not None:
-        compat.set_compat(level)
-    try:
-        yield
-    finally:
-        compat._level = before

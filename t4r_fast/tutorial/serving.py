@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from t4r_fast.compat import compat_level
 from t4r_fast.errors import InputError
-from t4r_fast.tutorial.saved_model import SavedModel, compat_level
+from t4r_fast.tutorial.saved_model import SavedModel
 from t4r_fast.tutorial.sessions import SPLITS, SessionData
 
 # ids 0, 1 and 2 stand for padding, a missing item and an unknown item: nothing to recommend

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from t4r_fast.schema import Schema
+from t4r_fast.compat import get_compat, warn_once
+from t4r_fast.schema import ColumnSchema, IntDomain, Schema, Tags, ValueCount
+from t4r_fast.torch.model import fitting, stored
 from t4r_fast.torch.model.head import Head, reduced
+from t4r_fast.torch.model.prediction_task import NextItemPredictionTask
 from t4r_fast.torch.model.task import PredictionTask
+from t4r_fast.torch.padding import pad_inputs
 
 __all__ = ["Head", "Model", "PredictionTask"]
 
@@ -21,21 +27,29 @@ class Model(nn.Module):
     head            one Head or several; their tasks need different names
     head_weights    factor of each head's loss, 1 by default
     head_reduction  "mean" or "sum" over the heads' losses
+    optimizer       optimizer class of fit()
+    name            what the model is called when printed
+    max_sequence_length  to which ragged columns are cut; the newest items stay, at compat 0.1 the
+                    oldest
     top_k           inference returns (scores, ids) of the best k items instead of all scores
 
     forward(inputs, targets=None, training=False, testing=False): inputs is a dict of columns,
-    padded on the right with 0; targets one tensor, or a dict with the target_name of each task.
-    training or testing: dict(loss, labels, predictions); neither: the predictions. Of the next-item
-    task these are the scores of all items, (B, V), or (scores, ids), (B, top_k), without forming
-    the scores. Labels and predictions of several tasks are dicts by task name.
+    padded on the right with 0, or ragged, `x__values` and `x__offsets`; targets is one tensor, or a
+    dict with the target_name of each task. training or testing: dict(loss, labels, predictions);
+    neither: the predictions. Of the next-item task these are the scores of all items, (B, V), or
+    (scores, ids), (B, top_k), without forming the scores. Labels and predictions of several tasks
+    are dicts by task name.
     The caller's dict is left as it is. Replaces transformers4rec.torch.Model.
     """
+
+    _saved_as_set = ("name", "max_sequence_length", "top_k")
 
     def __init__(
         self,
         *head: Head,
         head_weights: Sequence[float] | None = None,
         head_reduction: str = "mean",
+        optimizer: type[torch.optim.Optimizer] = torch.optim.Adam,
         name: str | None = None,
         max_sequence_length: int | None = None,
         top_k: int | None = None,
@@ -54,9 +68,11 @@ class Model(nn.Module):
         self.heads = nn.ModuleList(head)
         self.head_weights = weights
         self.head_reduction = head_reduction
+        self.optimizer = optimizer
         self.name = name
         self.max_sequence_length = max_sequence_length
         self.top_k = top_k
+        self._keep_newest = get_compat() != "0.1"
 
     def forward(
         self,
@@ -65,10 +81,13 @@ class Model(nn.Module):
         training: bool = False,
         testing: bool = False,
     ) -> Any:
+        padded = pad_inputs(inputs, self.max_sequence_length, self._keep_newest)
         inputs = {
             name: column.float() if column.is_floating_point() else column
-            for name, column in inputs.items()
+            for name, column in padded.items()
         }
+        if isinstance(targets, Mapping) and not targets:
+            targets = None
         if not training and not testing:
             found: dict[str, Any] = {}
             for head in self.heads:
@@ -111,7 +130,86 @@ class Model(nn.Module):
         for head in self.heads:
             head.reset_metrics()
 
+    # -- training and evaluation -----------------------------------------------------------------
+
+    def fit(
+        self,
+        dataloader: Iterable[Any],
+        optimizer: type[torch.optim.Optimizer]
+        | torch.optim.Optimizer
+        | Callable[[Any], Any]
+        | None = None,
+        eval_dataloader: Iterable[Any] | None = None,
+        num_epochs: int = 1,
+        amp: bool = False,
+        train: bool = True,
+        verbose: bool = True,
+        compute_metric: bool = True,
+    ) -> np.ndarray:
+        """Train on batches, inputs or (inputs, targets).
+
+        optimizer        a class or function called with the parameters, or an optimizer. None: the
+                         model's own, torch.optim.Adam by default
+        eval_dataloader  evaluated after each epoch
+        amp              mixed precision: float16 with scaled gradients on a GPU, else bfloat16
+        train            False: compute the losses alone
+        verbose          progress bars and metrics of each epoch on the console
+        compute_metric   count the training batches into the metrics, from the scores of all items
+        returns          mean loss of each epoch, (num_epochs,) float64
+
+        Metrics hold the last epoch's batches afterwards, or its evaluation. For schedules,
+        checkpoints and logs take the Trainer.
+        """
+        return fitting.fit(
+            self,
+            dataloader,
+            self.optimizer if optimizer is None else optimizer,
+            eval_dataloader,
+            num_epochs,
+            amp,
+            train,
+            verbose,
+            compute_metric,
+        )
+
+    def evaluate(
+        self,
+        dataloader: Iterable[Any],
+        targets: object = None,
+        training: bool = False,
+        testing: bool = True,
+        verbose: bool = True,
+        mode: str = "eval",
+    ) -> dict[str, Any]:
+        """The metrics over all batches, as compute_metrics(mode) gives them.
+
+        Without dropout and gradients; the reference evaluates with both. `targets` has no effect,
+        as in the reference: batches bring theirs.
+        """
+        if targets is not None:
+            warn_once("Model.evaluate targets", "targets has no effect: batches bring theirs")
+        return fitting.evaluate(self, dataloader, training, testing, verbose, mode)
+
+    # -- files -----------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str], model_name: str = stored.DEFAULT_NAME) -> None:
+        """Write <model_name>.json and <model_name>.safetensors to the folder: all of the model.
+
+        Nothing is pickled. `top_k`, `max_sequence_length` and `name` may be set at any time; other
+        changes to a built model are found and refused. Raises InputError for a model that holds
+        classes which t4r_fast.torch does not know; see t4r_fast.torch.saveable.
+        """
+        stored.save(self, path, model_name)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model_name: str = stored.DEFAULT_NAME) -> Model:
+        """The model that save() wrote to the folder; see t4r_fast.torch.load_model."""
+        return stored.load_named(path, model_name)
+
     # -- what it is made of ----------------------------------------------------------------------
+
+    def _get_name(self) -> str:
+        return self.name or super()._get_name()
 
     @property
     def prediction_tasks(self) -> list[PredictionTask]:
@@ -119,9 +217,35 @@ class Model(nn.Module):
 
     @property
     def input_schema(self) -> Schema | None:
-        """The columns that the first head's input block reads."""
-        inputs = self.heads[0].inputs
-        return None if inputs is None else inputs.schema
+        """The columns that the heads' input blocks read; None where one does not know."""
+        found = Schema()
+        for head in self.heads:
+            schema = getattr(head.inputs, "schema", None)
+            if schema is None:
+                return None
+            found = found + schema
+        return found
+
+    @property
+    def output_schema(self) -> Schema:
+        """The columns of what inference gives: for each task its name, a float column; with top_k
+        the next-item task gives item_id_scores and item_ids, lists of top_k. The reference states
+        as many entries as there are items."""
+        columns = []
+        for task in self.prediction_tasks:
+            if not isinstance(task, NextItemPredictionTask):
+                lists = ValueCount(1, 0) if task.summary_type is None else None
+                columns.append(ColumnSchema(task.task_name, "FLOAT", value_count=lists))
+            elif self.top_k is None:
+                count = ValueCount(task.target_dim, task.target_dim)
+                columns.append(ColumnSchema(task.task_name, "FLOAT", value_count=count))
+            else:
+                count = ValueCount(self.top_k, self.top_k)
+                domain = IntDomain("item_ids", 0, task.target_dim - 1, True)
+                ids = {"tags": [Tags.CATEGORICAL], "int_domain": domain, "value_count": count}
+                columns.append(ColumnSchema("item_id_scores", "FLOAT", value_count=count))
+                columns.append(ColumnSchema("item_ids", "INT", **ids))
+        return Schema(columns)
 
 
 def _one_or_all(by_task: dict[str, Any]) -> Any:

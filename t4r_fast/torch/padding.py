@@ -1,0 +1,91 @@
+"""Ragged columns, one after the other with offsets, to padded ones.
+
+A column `x` comes as `x__values` (n,) or (n, W) and `x__offsets` (B + 1,): session b holds values
+offsets[b] to offsets[b + 1]. Serving and Merlin's loader send them so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from t4r_fast.compat import get_compat
+
+_VALUES, _OFFSETS = "__values", "__offsets"
+
+
+def pad_batch(
+    batch: Mapping[str, torch.Tensor],
+    padding_lengths: Mapping[str, int],
+    keep_newest: bool | None = None,
+) -> dict[str, torch.Tensor]:
+    """Columns of a batch at fixed lengths, padded on the right with 0.
+
+    padding_lengths  column name -> L. Ragged columns become (B, L) or (B, L, W); columns that are
+                     padded already, (B, M) or (B, M, W), get this length too
+    keep_newest      of longer sessions the last L items stay, else the first, as in the reference.
+                     None: True, except at compat 0.1
+
+    Raises ValueError when a ragged column has no length, or one of its two parts is missing.
+    """
+    newest = get_compat() != "0.1" if keep_newest is None else keep_newest
+    padded = {}
+    for key, column in batch.items():
+        if key.endswith(_VALUES):
+            name = key.removesuffix(_VALUES)
+            if name + _OFFSETS not in batch:
+                raise ValueError(f"pad_batch: column {key!r} comes without {name + _OFFSETS!r}")
+        elif key.endswith(_OFFSETS):
+            name = key.removesuffix(_OFFSETS)
+            if name not in padding_lengths:
+                raise ValueError(f"pad_batch: padding_lengths has no length for column {name!r}")
+            if name + _VALUES not in batch:
+                raise ValueError(f"pad_batch: column {key!r} comes without {name + _VALUES!r}")
+            padded[name] = _padded(batch[name + _VALUES], column, padding_lengths[name], newest)
+        elif key in padding_lengths and column.dim() > 1:
+            lengths = torch.full((len(column) + 1,), column.shape[1], device=column.device)
+            starts = lengths.cumsum(0) - lengths
+            padded[key] = _padded(column.flatten(0, 1), starts, padding_lengths[key], False)
+        else:
+            padded[key] = column
+    return padded
+
+
+def pad_inputs(
+    inputs: Mapping[str, torch.Tensor],
+    max_sequence_length: int | None = None,
+    keep_newest: bool | None = None,
+) -> dict[str, torch.Tensor]:
+    """Ragged columns of a batch, padded to its longest session or to max_sequence_length, whichever
+    is shorter; other columns as they are.
+
+    keep_newest  see pad_batch
+
+    Reads the lengths on the host where a column is ragged. Raises as pad_batch does.
+    """
+    offsets = {
+        name.removesuffix(_OFFSETS): column
+        for name, column in inputs.items()
+        if name.endswith(_OFFSETS)
+    }
+    if not offsets:
+        return dict(inputs)
+    longest = max(int(torch.diff(column.flatten()).max()) for column in offsets.values())
+    if max_sequence_length is not None:
+        longest = min(longest, max_sequence_length)
+    return pad_batch(inputs, dict.fromkeys(offsets, longest), keep_newest)
+
+
+def _padded(values: torch.Tensor, offsets: torch.Tensor, length: int, newest: bool) -> torch.Tensor:
+    if values.dim() == 2 and values.shape[1] == 1:  # Triton sends columns as (n, 1)
+        values = values.squeeze(1)
+    offsets = offsets.flatten().long()
+    start, end = offsets[:-1, None], offsets[1:, None]
+    if newest:
+        start = torch.maximum(start, end - length)
+    at = start + torch.arange(length, device=values.device)
+    inside = at < end
+    padded = values.new_zeros((*at.shape, *values.shape[1:]))
+    padded[inside] = values[at[inside]]
+    return padded
