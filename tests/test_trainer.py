@@ -12,6 +12,7 @@ from training_case import BATCH, ITEM, ROWS, make_model, make_trainer, write_ses
 from transformers import TrainerCallback
 
 import t4r_fast
+import t4r_fast.torch as tr
 from t4r_fast.compat import CompatWarning, forget_warnings
 from t4r_fast.errors import InputError
 from t4r_fast.torch import LazyLogits
@@ -125,23 +126,85 @@ def test_evaluation_on_the_train_set_is_bounded(tmp_path, data):
     assert loop(trainer.get_eval_dataloader(), "Evaluation").num_samples == ROWS
 
 
-def test_predict_ranks_the_items_for_each_last_item(tmp_path, data):
+def test_predict_at_01_ranks_the_items_for_each_last_item(tmp_path, data):
+    t4r_fast.set_compat("0.1")
     trainer = make_trainer(tmp_path, data, predict_top_k=5)
     found = trainer.predict(data)
     ids, scores = found.predictions
     assert ids.shape == scores.shape == (ROWS, 5)
-    assert found.metrics["test_/next-item/recall_at_10"] > 0
+    assert found.metrics["test/next-item/recall_at_10"] > 0
     loader = ParquetDataLoader(data, trainer.schema, ROWS, 6)
-    ((inputs, _),) = loader
+    (inputs,) = loader
     length = (inputs[ITEM] > 0).sum(1)
     assert found.label_ids.tolist() == inputs[ITEM][torch.arange(ROWS), length - 1].tolist()
     with torch.no_grad():
         dense = trainer.model(inputs, testing=True)["predictions"].dense()
     expected = dense.topk(5)
+    # up to the log-sum-exp of a row, which ranks nothing
+    to_best = expected.values - expected.values[:, :1]
+    np.testing.assert_allclose(scores - scores[:, :1], to_best.numpy(), atol=1e-6)
+    assert (ids == expected.indices.numpy()).mean() > 0.99
+    trainer.args.predict_top_k = 0
+    np.testing.assert_allclose(trainer.predict(data).predictions, dense.numpy(), atol=1e-6)
+
+
+def test_predict_recommends_what_comes_after_the_last_item(tmp_path, data):
+    trainer = make_trainer(tmp_path, data, predict_top_k=5)
+    trainer.model.top_k = 3
+    found = trainer.predict(data)
+    assert trainer.model.top_k == 3
+    ids, scores = found.predictions
+    assert ids.shape == scores.shape == (ROWS, 5)
+    assert found.label_ids is None
+    assert {k.partition("_")[0] for k in found.metrics} == {"test"}
+    ((inputs, _),) = ParquetDataLoader(data, trainer.schema, ROWS, 6)
+    trainer.model.top_k = None
+    with torch.no_grad():
+        dense = trainer.model(inputs)
+    expected = dense.topk(5)
     np.testing.assert_allclose(scores, expected.values.numpy(), rtol=1e-5, atol=1e-7)
     assert (ids == expected.indices.numpy()).mean() > 0.99
     trainer.args.predict_top_k = 0
     np.testing.assert_allclose(trainer.predict(data).predictions, dense.numpy(), atol=1e-6)
+
+
+def test_predict_gives_every_task(tmp_path, data):
+    head = make_model().heads[0]
+    tasks = [
+        tr.NextItemPredictionTask(weight_tying=True),
+        tr.RegressionTask("price", summary_type="mean", ignore_padding=True),
+    ]
+    model = tr.Model(tr.Head(head.body, tasks, inputs=head.inputs))
+    found = make_trainer(tmp_path, data, model, predict_top_k=4).predict(data).predictions
+    assert [a.shape for a in found["next-item"]] == [(ROWS, 4)] * 2
+    assert found["price/regression_task"].shape == (ROWS,)
+
+
+def test_get_scheduler_gives_cycles_to_the_schedules_that_wave():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    cosine = Trainer.get_scheduler("cosine", optimizer, 2, 10, num_cycles=1.0)
+    assert cosine.lr_lambdas[0](6) == pytest.approx(0.0, abs=1e-7)
+    assert Trainer.get_scheduler("linear", optimizer, 2, 10).lr_lambdas[0](6) == 0.5
+    assert Trainer.get_scheduler("constant", optimizer).lr_lambdas[0](6) == 1
+    with pytest.raises(ValueError, match="num_training_steps"):
+        Trainer.get_scheduler("linear", optimizer, 2)
+
+
+def test_a_checkpoint_with_its_model_is_read_without_building_one(tmp_path, data):
+    trainer = make_trainer(tmp_path, data)
+    trainer.train()
+    trainer._save_model_and_checkpoint(save_model_class=True)
+    folder = tmp_path / f"checkpoint-{trainer.state.global_step}"
+    expected = trainer.evaluate()["eval_/loss"]
+    other = make_trainer(tmp_path / "other", data, model=make_model())
+    other.load_model_trainer_states_from_checkpoint(folder)
+    assert other.evaluate()["eval_/loss"] == expected
+    assert other.state.global_step == trainer.state.global_step
+    assert tr.load_model(folder).training is False
+    other.train()
+    (folder / "t4rec_model_class.json").unlink()
+    with pytest.raises(InputError, match="there is no"):
+        other.load_model_trainer_states_from_checkpoint(folder)
 
 
 def test_predictions_are_logged_where_a_callback_is_set(tmp_path, data):

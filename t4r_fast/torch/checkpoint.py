@@ -115,6 +115,35 @@ class Checkpoints:
         self._past_steps = progress.get("past_steps", 0)
         self._steps_of_last_run = progress.get("steps_of_last_run", 0)
 
+    def _save_model_and_checkpoint(self, save_model_class: bool = False) -> None:
+        """Write checkpoint-<step> below args.output_dir; with save_model_class the model too, so
+        that t4r_fast.torch.load_model reads it from there."""
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.save_checkpoint(folder)
+        if save_model_class:
+            self.model.save(folder)
+
+    def load_model_trainer_states_from_checkpoint(
+        self, checkpoint_path: str | os.PathLike[str], model: nn.Module | None = None
+    ) -> None:
+        """Take over weights, random state and trainer state of a checkpoint, and not the optimizer.
+
+        model  None: the model that _save_model_and_checkpoint(save_model_class=True) saved there
+
+        For all of a checkpoint: load_checkpoint. Raises InputError when it is none.
+        """
+        folder = _complete(checkpoint_path)
+        if model is None:
+            from t4r_fast.torch.model.stored import load_named
+
+            model = load_named(folder)
+        self.model = self.model_wrapped = model.to(self.args.device)
+        self.optimizer = self.lr_scheduler = None  # they stepped the former model
+        load_weights(self.model, folder)
+        self._load_rng_state(str(folder))
+        if (folder / TRAINER_STATE_NAME).is_file():
+            self.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+
     # -- writing ---------------------------------------------------------------------------------
 
     def _wait_for_all(self) -> None:

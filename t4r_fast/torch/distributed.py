@@ -8,6 +8,7 @@ processes may have unequally many and none waits for another in between.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from t4r_fast.compat import warn_once
 from t4r_fast.errors import InputError
 from t4r_fast.torch.data.given import GivenLoader, resumable
-from t4r_fast.torch.evaluation import KeptPredictions, LossSum
+from t4r_fast.torch.evaluation import KeptPredictions, KeptRecommendations, LossSum
 from t4r_fast.torch.ranking_metric import RankingMetric
 from t4r_fast.torch.session_metric import SessionMetric
 
@@ -142,12 +143,13 @@ def add_up(model: nn.Module, loss: LossSum, counting: bool) -> None:
                     dist.all_reduce(state)
 
 
-def gather(kept: KeptPredictions) -> None:
+def gather(kept: KeptPredictions | KeptRecommendations) -> None:
     """Put together the predictions of all processes, in the order of the batches."""
+    lists = {f.name: getattr(kept, f.name) for f in dataclasses.fields(kept) if f.name != "top_k"}
     of_all: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(of_all, (kept.steps, kept.ids, kept.scores, kept.labels))
-    steps = [s for part in of_all for s in part[0]]
+    dist.all_gather_object(of_all, lists)
+    steps = [s for part in of_all for s in part["steps"]]
     order = sorted(range(len(steps)), key=steps.__getitem__)
-    for i, name in enumerate(("steps", "ids", "scores", "labels")):
-        values = [v for part in of_all for v in part[i]]
+    for name in lists:
+        values = [v for part in of_all for v in part[name]]
         setattr(kept, name, [values[j] for j in order] if values else [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -78,3 +79,50 @@ class KeptPredictions:
     def arrays(self) -> tuple[Any, np.ndarray]:
         scores, labels = np.concatenate(self.scores), np.concatenate(self.labels)
         return (np.concatenate(self.ids), scores) if self.ids else scores, labels
+
+
+@dataclasses.dataclass
+class KeptRecommendations:
+    """What inference gives for each batch, on the host.
+
+    steps    which batch each entry of `outputs` is of
+    outputs  arrays, or (ids, scores), or a dict of them by task name
+    """
+
+    steps: list[int] = dataclasses.field(default_factory=list)
+    outputs: list[Any] = dataclasses.field(default_factory=list)
+
+    def add(self, output: Any, step: int) -> None:
+        self.outputs.append(_on_host(output))
+        self.steps.append(step)
+
+    @property
+    def rows(self) -> int:
+        """Sessions of all batches."""
+        first = [next(iter(o.values())) if isinstance(o, dict) else o for o in self.outputs]
+        return sum(len(o[0] if isinstance(o, tuple) else o) for o in first)
+
+    def by_task(self) -> Any:
+        """All batches in one; of several tasks a dict by name."""
+        if not self.outputs:
+            raise InputError("Trainer.predict: the data loader gave no batches")
+        return _joined(self.outputs)
+
+
+def _on_host(output: Any) -> Any:
+    if isinstance(output, Mapping):
+        return {name: _on_host(o) for name, o in output.items()}
+    if isinstance(output, (tuple, list)):
+        scores, ids = output
+        return _on_host(ids), _on_host(scores)
+    output = output.detach().cpu()
+    return (output.float() if output.is_floating_point() else output).numpy()
+
+
+def _joined(outputs: list[Any]) -> Any:
+    first = outputs[0]
+    if isinstance(first, dict):
+        return {name: _joined([o[name] for o in outputs]) for name in first}
+    if isinstance(first, tuple):
+        return tuple(np.concatenate(values) for values in zip(*outputs))
+    return np.concatenate(outputs)

@@ -36,8 +36,13 @@ from t4r_fast.torch import distributed
 from t4r_fast.torch.checkpoint import Checkpoints, _complete
 from t4r_fast.torch.data import T4RecDataLoader
 from t4r_fast.torch.data.given import GivenLoader, resumable
-from t4r_fast.torch.evaluation import KeptPredictions, LossSum, target_rows
-from t4r_fast.torch.model.fitting import parts
+from t4r_fast.torch.evaluation import (
+    KeptPredictions,
+    KeptRecommendations,
+    LossSum,
+    target_rows,
+)
+from t4r_fast.torch.model.fitting import inputs_and_targets
 
 LOG = logging.getLogger("t4r_fast")
 
@@ -234,6 +239,28 @@ class Trainer(Checkpoints, transformers.Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    @staticmethod
+    def get_scheduler(
+        name: str | SchedulerType,
+        optimizer: torch.optim.Optimizer,
+        num_warmup_steps: int | None = None,
+        num_training_steps: int | None = None,
+        num_cycles: float = 0.5,
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """A schedule of transformers by name; num_cycles goes to those that wave.
+
+        Raises ValueError when the schedule needs a number of steps that is not given.
+        """
+        schedule = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
+        waves = "num_cycles" in inspect.signature(schedule).parameters
+        return get_scheduler(
+            name,
+            optimizer=optimizer,
+            num_warmup_steps=num_warmup_steps,
+            num_training_steps=num_training_steps,
+            scheduler_specific_kwargs={"num_cycles": num_cycles} if waves else {},
+        )
+
     # -- the optimizer ---------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -304,7 +331,7 @@ class Trainer(Checkpoints, transformers.Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The model's training loss on a batch, inputs or (inputs, targets)."""
-        features, targets = parts(inputs)
+        features, targets = inputs_and_targets(inputs)
         outputs = model(features, targets=targets, training=True)
         if self.args.world_size > 1:
             loss, sessions = outputs["loss"], _rows(inputs)
@@ -324,7 +351,7 @@ class Trainer(Checkpoints, transformers.Trainer):
         testing: bool = True,
     ) -> tuple[torch.Tensor | None, Any, Any, None]:
         """(loss, predictions, labels, None) of a batch, without gradients."""
-        features, targets = parts(self._prepare_inputs(inputs))
+        features, targets = inputs_and_targets(self._prepare_inputs(inputs))
         with torch.no_grad(), self.accelerator.autocast():
             outputs = model(features, targets=targets, training=training, testing=testing)
         if not training and not testing:
@@ -355,10 +382,12 @@ class Trainer(Checkpoints, transformers.Trainer):
             distributed.share_buffers(model)
         parts = args.world_size if several and not distributed.is_shared_out(dataloader) else 1
         self.callback_handler.eval_dataloader = dataloader
+        keep = description == "Prediction"
+        if keep and get_compat() != "0.1":
+            return self._recommendations(dataloader, parts)
         counting = bool(self.compute_metrics) and not args.prediction_loss_only
         if counting:
             model.reset_metrics()
-        keep = description == "Prediction"
         log = self._logs_predictions()
         limit = args.eval_steps_on_train_set if metric_key_prefix == "train" else 0
         loss = LossSum(args.device)
@@ -398,17 +427,41 @@ class Trainer(Checkpoints, transformers.Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "test",
     ) -> PredictionOutput:
-        """Predict the last item of each session from the items before it.
+        """Recommend the item that comes after the last one of each session.
 
-        predictions  (ids, scores), two arrays (N, predict_top_k), best first; with
-                     predict_top_k=0 the scores of all items, (N, V)
-        label_ids    (N,) the last items
-        metrics      as evaluate() gives them, under `test...`
+        predictions  (ids, scores), two arrays (N, predict_top_k), best first; with predict_top_k=0
+                     the scores of all items, (N, V), or of the model's top_k. Of another task its
+                     predictions; of several tasks a dict of them by task name
+        label_ids    None: nobody knows the next item
+        metrics      the speed, under `test_...`
 
-        N counts the sessions with a target. For the item after the last one call the model itself:
-        model(inputs).
+        N counts the sessions. At compat 0.1 the last item is predicted from those before it, for
+        the sessions that have one; label_ids (N,) are the last items and metrics those of
+        evaluate().
         """
         return super().predict(test_dataset_or_path, ignore_keys, metric_key_prefix)
+
+    def _recommendations(self, dataloader: Any, processes: int) -> EvalLoopOutput:
+        """One pass of inference; each process takes its part of the batches."""
+        model, args = self.model, self.args
+        kept, sessions = KeptRecommendations(), 0
+        own_top_k, model.top_k = model.top_k, args.predict_top_k or model.top_k
+        try:
+            for step, batch in enumerate(dataloader):
+                if step % processes != args.process_index % processes:
+                    continue
+                _, output, _, _ = self.prediction_step(model, batch, testing=False)
+                kept.add(output, step)
+                sessions += _rows(batch)
+                self.control = self.callback_handler.on_prediction_step(
+                    args, self.state, self.control
+                )
+        finally:
+            model.top_k = own_top_k
+        if args.world_size > 1:
+            distributed.gather(kept)
+            sessions = kept.rows
+        return EvalLoopOutput(kept.by_task(), None, {}, sessions)
 
     def _logs_predictions(self) -> bool:
         if self.args.log_predictions and self.log_predictions_callback is None:
@@ -509,7 +562,7 @@ def _flat(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _rows(batch: Any) -> int:
-    return len(next(iter(parts(batch)[0].values())))
+    return len(next(iter(inputs_and_targets(batch)[0].values())))
 
 
 def _batch_size(loader: Any) -> int:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from t4r_fast.torch.model.base import Model
 
 
-def parts(batch: Any) -> tuple[dict[str, torch.Tensor], Any]:
+def inputs_and_targets(batch: Any) -> tuple[dict[str, torch.Tensor], Any]:
     """Inputs and targets of a batch: (inputs, targets), or inputs alone."""
     if isinstance(batch, Mapping):
         return dict(batch), None
@@ -106,7 +106,7 @@ def _batches(
     dataloader: Iterable[Any], device: torch.device, verbose: bool
 ) -> Iterator[tuple[dict[str, torch.Tensor], Any]]:
     for batch in tqdm(dataloader, disable=not verbose):
-        inputs, targets = parts(batch)
+        inputs, targets = inputs_and_targets(batch)
         inputs = {name: column.to(device) for name, column in inputs.items()}
         if isinstance(targets, Mapping):
             targets = {name: column.to(device) for name, column in targets.items()}

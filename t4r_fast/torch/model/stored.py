@@ -94,7 +94,7 @@ def load_model(path: str | os.PathLike[str]) -> Model:
     return model.eval()
 
 
-def load_named(folder: str | os.PathLike[str], name: str) -> Model:
+def load_named(folder: str | os.PathLike[str], name: str = DEFAULT_NAME) -> Model:
     """See Model.load."""
     file = Path(folder) / f"{name}.json"
     if file.is_file():
