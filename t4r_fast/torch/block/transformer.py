@@ -150,7 +150,10 @@ class TransformerBlock(BlockBase):
             arguments = dict(self.prepare_module(inputs_embeds))
         if self.masking is not None:
             arguments.update(self.masking.transformer_arguments)
-        if not self.attend_padding:
+        # An XLNet that looks back alone never sees the padding, which stands behind the items; its
+        # attention takes no mask beside its own.
+        looks_back = getattr(self.transformer.config, "attn_type", None) == "uni"
+        if not self.attend_padding and not looks_back:
             arguments["attention_mask"] = self.masking.attention_mask().long()
         outputs = self.transformer(**{n: a for n, a in arguments.items() if n in self._takes})
         return self.output_fn(outputs)

@@ -77,13 +77,20 @@ class NextItemPredictionTask(PredictionTask):
                          the output layer, and the bias, are sparse tensors of the rows that took
                          part, for torch.optim.SparseAdam. Dense ones are V x D. An optimizer of
                          t4r_fast.optim forms neither and needs no `sparse`
+    score_padding        False: padding takes no part in the softmax, in the ranking and in what is
+                         recommended; needs compat 23.12 and a loss without label_smoothing
+    recommend_from       the lowest item id that inference recommends; 3 leaves out padding and the
+                         ids that `t4r-fast etl` gives to missing and unknown items
+    recommend_seen       False: inference recommends no item of the session itself
     hf_format            accepted from 0.1.x: the output is a dict in any case
 
+    recommend_from and recommend_seen concern inference alone: scores of what is left out are -inf,
+    and top_k fills up with id -1 where fewer items are left. Metrics rank among all items.
     Training and evaluation return loss, labels and predictions. labels (M,) int64 holds one entry
     per place where a target may stand, padding where none does; predictions are LazyLogits: nothing
     N x V is formed until somebody asks. Inference returns the scores (B, V), or (scores, ids) with
-    `top_k`. Padding, nulls and unknown items take part in the full softmax and in the ranking, as
-    in the reference; "log_uniform" and "uniform" never draw padding.
+    `top_k`. Without these options padding, nulls and unknown items take part in all, as in the
+    reference; "log_uniform" and "uniform" never draw padding.
     Replaces transformers4rec.torch.NextItemPredictionTask.
     """
 
@@ -102,6 +109,9 @@ class NextItemPredictionTask(PredictionTask):
         sampler: str | None = None,
         sparse: bool = False,
         hf_format: bool = False,
+        score_padding: bool = True,
+        recommend_from: int = 0,
+        recommend_seen: bool = True,
     ) -> None:
         super().__init__(
             loss=nn.CrossEntropyLoss() if loss is None else loss,
@@ -128,6 +138,23 @@ class NextItemPredictionTask(PredictionTask):
         self.padding_idx = padding_idx
         self.target_dim = target_dim
         self.hf_format = hf_format
+        if not score_padding and getattr(self.loss, "label_smoothing", 0.0):
+            raise ValueError(
+                "NextItemPredictionTask: label_smoothing gives every item a share, padding too; it"
+                " does not go with score_padding=False"
+            )
+        if not score_padding and get_compat() == "0.1":
+            raise ValueError(
+                "NextItemPredictionTask: score_padding=False needs scores without a bias, as they"
+                " are at compat 23.12; call t4r_fast.set_compat('23.12') first"
+            )
+        if recommend_from < 0:
+            raise ValueError(
+                f"NextItemPredictionTask: recommend_from must be >= 0; got {recommend_from}"
+            )
+        self.score_padding = score_padding
+        self.recommend_from = recommend_from
+        self.recommend_seen = recommend_seen
         self.masking: nn.Module | None = None
         self._log_probabilities = get_compat() == "0.1"
 
@@ -188,6 +215,10 @@ class NextItemPredictionTask(PredictionTask):
             tied.sparse = True  # of the two gradients of the table neither may be dense
         self.target_dim = rows
         self.pre = _Scorer(_ItemScores(tied, rows, width, bias=old))
+        if not self.score_padding:
+            bias = torch.zeros(rows)
+            bias[self.padding_idx] = -torch.inf
+            self.register_buffer("_without_padding", bias, persistent=False)
         if device is not None:
             self.to(device)
 
@@ -235,7 +266,7 @@ class NextItemPredictionTask(PredictionTask):
             self._hidden(flat),
             self.pre.module.items,
             labels,
-            bias=self.pre.module.output_layer_bias,
+            bias=self._bias,
             temperature=self.softmax_temperature,
             padding_idx=self.padding_idx,
             log_probabilities=self._log_probabilities,
@@ -282,14 +313,38 @@ class NextItemPredictionTask(PredictionTask):
         # rows: the flat position at which each session's prediction is read; -1 for empty sessions
         rows = self.masking.rows[: inputs.shape[0]].clamp(min=0)
         hidden = self._hidden(inputs.reshape(-1, inputs.shape[-1])[rows])
-        items, bias = self.pre.module.items, self.pre.module.output_layer_bias
+        items, bias, excluded = self.pre.module.items, self._bias, self._excluded(len(rows))
         if top_k is not None:
-            return item_topk(hidden, items, top_k, bias=bias, temperature=self.softmax_temperature)
+            temperature = self.softmax_temperature
+            return item_topk(
+                hidden, items, top_k, bias=bias, temperature=temperature, exclude=excluded
+            )
         scores = hidden @ up_to_date(items).T
         if bias is not None:
             scores = scores + up_to_date(bias)
         scores = scores / self.softmax_temperature
-        return scores.log_softmax(-1) if self._log_probabilities else scores
+        scores = scores.log_softmax(-1) if self._log_probabilities else scores
+        if excluded is None:
+            return scores
+        # ids to leave alone go to a column of their own
+        wide = nn.functional.pad(scores, (0, 1))
+        wide.scatter_(1, torch.where(excluded < 0, scores.shape[1], excluded), -torch.inf)
+        return wide[:, :-1]
+
+    @property
+    def _bias(self) -> torch.Tensor | None:
+        return self.pre.module.output_layer_bias if self.score_padding else self._without_padding
+
+    def _excluded(self, sessions: int) -> torch.Tensor | None:
+        """Item ids that are not recommended, (sessions, S); negative ones stand for none."""
+        parts = []
+        if self.recommend_from:
+            low = torch.arange(self.recommend_from, device=self.pre.module.items.device)
+            parts.append(low.expand(sessions, -1))
+        if not self.recommend_seen:
+            seen = self.embeddings.item_seq
+            parts.append(torch.where(seen == self.padding_idx, -1, seen))
+        return torch.cat(parts, dim=1) if parts else None
 
     # -- metrics ---------------------------------------------------------------------------------
 
