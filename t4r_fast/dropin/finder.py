@@ -54,9 +54,10 @@ class _Finder(importlib.abc.MetaPathFinder):
         try:
             ours = names.target(fullname)
         except KeyError:
+            instead = "; install NVTabular for it" if fullname.startswith("nvtabular.") else ""
             raise ModuleNotFoundError(
-                f"t4r_fast.dropin has no module {fullname!r}; docs/compatibility.md lists what is"
-                " there",
+                f"t4r_fast.dropin has no module {fullname!r}{instead}; docs/compatibility.md lists"
+                " what is there",
                 name=fullname,
             ) from None
         package = (
@@ -78,9 +79,9 @@ def install(replace: bool | None = None) -> tuple[str, ...]:
              "replace" or nothing
     returns  the import roots that are answered
 
-    Importing t4r_fast.dropin calls this; a later call overrides an earlier one. Raises InputError
-    on another value of the variable, and RuntimeError when modules of the real package are already
-    imported and would be mixed with ours.
+    An installed NVTabular always stays. Importing t4r_fast.dropin calls this; a later call
+    overrides an earlier one. Raises InputError on another value of the variable, and RuntimeError
+    when modules of the real package are already imported and would be mixed with ours.
     """
     global _finder
     if replace is None:

@@ -7,6 +7,7 @@ import importlib.util
 # Import roots by the distribution that they really come with.
 ROOTS = {
     "transformers4rec": ("transformers4rec", "merlin_standard_lib"),
+    "nvtabular": ("nvtabular",),
 }
 
 # None: a package of the reference with nothing in it but submodules.
@@ -22,12 +23,14 @@ MODULES: dict[str, str | None] = {
     "merlin_standard_lib.schema": "t4r_fast.dropin.merlin_standard_lib.schema",
     "merlin_standard_lib.schema.schema": "t4r_fast.schema",
     "merlin_standard_lib.schema.tag": "t4r_fast.schema",
+    "nvtabular": "t4r_fast.dropin.nvtabular",
 }
 
 # Below these every module of ours has its name of the reference.
 SUBTREES = {
     "transformers4rec.torch.": "t4r_fast.torch.",
     "transformers4rec.config.": "t4r_fast.config.",
+    "nvtabular.": "t4r_fast.dropin.nvtabular.",
 }
 
 

@@ -43,6 +43,7 @@ from t4r_fast.torch.evaluation import (
     target_rows,
 )
 from t4r_fast.torch.model.fitting import inputs_and_targets
+from t4r_fast.torch.notebook import show_metrics
 
 LOG = logging.getLogger("t4r_fast")
 
@@ -123,6 +124,7 @@ class Trainer(Checkpoints, transformers.Trainer):
         # transformers asks of its compute_metrics to be a function
         self.compute_metrics = compute_metrics
         self.model_accepts_loss_kwargs = False
+        show_metrics(self)
 
     # The names under which transformers looks for data; a loader wins over files.
 
@@ -206,6 +208,10 @@ class Trainer(Checkpoints, transformers.Trainer):
         if isinstance(dataloader, GivenLoader):
             dataloader = dataloader.loader
         dataset = getattr(dataloader, "dataset", None)
+        # NVTabular: a DataLoader of an iterator, whose length is in batches, of a Dataset
+        rows = getattr(getattr(dataset, "dataset", None), "num_rows", None)
+        if rows is not None:
+            return rows
         if dataset is not None and has_length(dataset):
             return len(dataset)
         return len(dataloader) * _batch_size(dataloader)

@@ -1,0 +1,1 @@
+"""`nvtabular.loader`."""
