@@ -111,6 +111,16 @@ def test_order_of_a_shuffled_pass(files):
     assert len(whole) == 6
 
 
+def test_processes_divide_the_sessions(files):
+    def part(rank):
+        options = {"batch_size": 2, "global_size": 2, "global_rank": rank, **lists()}
+        return DLDataLoader(TorchAsyncItr(Dataset(files), cats=[ITEM], **options))
+
+    assert [part(rank).global_size for rank in (0, 1)] == [2, 2]
+    found = [seen(part(rank).dataset) for rank in (0, 1)]
+    assert found == [[*SESSIONS[:2], *SESSIONS[4:6]], [*SESSIONS[2:4], *SESSIONS[6:]]]
+
+
 class Wrapper(DLDataLoader):
     """As the tutorial writes it."""
 
@@ -178,7 +188,7 @@ def test_a_dataset_may_stand_for_files(files):
             {"cats": [ITEM], "conts": [PRICE], "sparse_max": {ITEM: 5, PRICE: 4}},
             "must be one width for all list columns; got {.*5, .*4}",
         ),
-        ({"cats": [ITEM], "global_size": 2, "global_rank": 1}, "global_size must be 1; got 2"),
+        ({"cats": [ITEM], "global_size": 2, "global_rank": 2}, "global_rank must be >= 0 and < 2"),
         ({"cats": [ITEM], "batch_size": 0}, "batch_size must be an integer >= 1; got 0"),
     ],
 )

@@ -30,6 +30,8 @@ class TorchAsyncItr(IterableDataset):
     shuffle          a new order each pass
     seed_fn          gives the seed of a pass; None: fixed seeds, other ones for each pass
     device           a GPU's number or a torch.device: where batches go; None: they stay on the CPU
+    global_size      processes that divide each step's global_size x batch_size sessions
+    global_rank      which of them this one is
     drop_last        leave out the last batch where it is not full
     sparse_names     the list columns
     sparse_max       their width: longer sessions are cut, with a warning, and shorter ones padded
@@ -40,7 +42,7 @@ class TorchAsyncItr(IterableDataset):
     without labels, a tensor for one, a dict for several. `len` counts batches.
 
     Raises InputError on columns that are missing or have no width, on widths that differ, and on
-    more than one worker process or shard. Takes the place of nvtabular.loader.torch.TorchAsyncItr
+    more than one worker process. Takes the place of nvtabular.loader.torch.TorchAsyncItr
     where NVTabular is not installed.
     """
 
@@ -66,16 +68,12 @@ class TorchAsyncItr(IterableDataset):
             raise TypeError(
                 f"TorchAsyncItr: dataset must be an nvtabular.Dataset; got {type(dataset).__name__}"
             )
-        if global_size not in (None, 1) or global_rank not in (None, 0):
-            raise InputError(
-                f"TorchAsyncItr: global_size must be 1; got {global_size}. Give the Trainer files,"
-                " trainer.train_dataset_or_path"
-            )
         if parts_per_chunk != 1:
             warn_once("TorchAsyncItr parts_per_chunk", "parts_per_chunk has no effect")
         labels = [labels] if isinstance(labels, str) else list(labels or ())
         self.dataset = dataset
         self.batch_size = batch_size
+        self.global_size = global_size or 1
         self.seed_fn = seed_fn
         self.device = _device(device)
         names = [*(cats or ()), *(conts or ())]
@@ -100,6 +98,8 @@ class TorchAsyncItr(IterableDataset):
             targets=labels,
             prefetch=4,
             memory_limit=1 << 30,
+            global_size=global_size or 1,
+            global_rank=global_rank or 0,
         )
         self._batches.pairs = True
 
@@ -134,6 +134,11 @@ class DLDataLoader(DataLoader):
     @property
     def device(self) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def global_size(self) -> int:
+        """Processes that divide the data."""
+        return self.dataset.global_size
 
     def set_epoch(self, epoch: int) -> None:
         """The next pass is the `epoch`-th."""
