@@ -220,6 +220,32 @@ class Schema:
             Path(path).write_text(text, encoding="utf-8")
         return text
 
+    # -- JSON ------------------------------------------------------------------------------------
+
+    def from_json(self, value: str | bytes | os.PathLike[str]) -> Schema:
+        """The schema in a JSON file, or in the JSON text itself, as TensorFlow Metadata writes it.
+
+        Raises InputError when the file is missing or the text is no schema.
+        """
+        from t4r_fast.schema_json import columns_from_json
+
+        if isinstance(value, bytes):
+            return Schema(columns_from_json(value, "text"))
+        text, origin = str(value), "text"
+        if "{" not in text:
+            origin = text
+            try:
+                text = Path(text).read_text(encoding="utf-8")
+            except OSError as e:
+                raise InputError(f"schema: cannot read {origin}: {e.strerror or e}") from e
+        return Schema(columns_from_json(text, origin))
+
+    def to_json(self) -> str:
+        """The JSON form, which from_json reads."""
+        from t4r_fast.schema_json import columns_to_json
+
+        return columns_to_json(self.feature)
+
     # -- access ----------------------------------------------------------------------------------
 
     @property

@@ -73,6 +73,12 @@ def test_the_imports_of_the_examples_work():
         from transformers4rec.torch import Trainer
         from transformers4rec.torch.utils.examples_utils import fit_and_evaluate, wipe_memory
         from transformers4rec.torch.utils.data_utils import MerlinDataLoader
+        from transformers4rec.torch.utils.schema_utils import random_data_from_schema
+        from transformers4rec.torch.utils.padding import pad_inputs
+        from transformers4rec.data import tabular_sequence_testing_data
+        from transformers4rec.data.synthetic import generate_session_interactions
+        from transformers4rec.data.dataset import ParquetDataset
+        from transformers4rec.utils.data_utils import save_time_based_splits
         from merlin_standard_lib import Schema, Tag
         import merlin_standard_lib as msl
     """

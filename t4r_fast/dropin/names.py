@@ -18,7 +18,12 @@ MODULES: dict[str, str | None] = {
     "transformers4rec.torch.utils": None,
     "transformers4rec.torch.utils.data_utils": "t4r_fast.torch.data",
     "transformers4rec.torch.utils.examples_utils": "t4r_fast.dropin.examples",
+    "transformers4rec.torch.utils.padding": "t4r_fast.torch.padding",
+    "transformers4rec.torch.utils.schema_utils": "t4r_fast.data.random_data",
     "transformers4rec.config": "t4r_fast.config",
+    "transformers4rec.data": "t4r_fast.data",
+    "transformers4rec.utils": None,
+    "transformers4rec.utils.data_utils": "t4r_fast.data.preprocessing",
     "merlin_standard_lib": "t4r_fast.dropin.merlin_standard_lib",
     "merlin_standard_lib.schema": "t4r_fast.dropin.merlin_standard_lib.schema",
     "merlin_standard_lib.schema.schema": "t4r_fast.schema",
@@ -31,6 +36,7 @@ SUBTREES = {
     "transformers4rec.torch.": "t4r_fast.torch.",
     "transformers4rec.config.": "t4r_fast.config.",
     "nvtabular.": "t4r_fast.dropin.nvtabular.",
+    "transformers4rec.data.": "t4r_fast.data.",
 }
 
 

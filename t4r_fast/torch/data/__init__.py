@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from t4r_fast.data import (
+    music_streaming_testing_data,
+    tabular_sequence_testing_data,
+    tabular_testing_data,
+)
 from t4r_fast.errors import InputError
 from t4r_fast.torch.data.loader import ParquetDataLoader, SessionBatches
 
@@ -13,6 +18,9 @@ __all__ = [
     "PyarrowDataLoader",
     "SessionBatches",
     "T4RecDataLoader",
+    "music_streaming_testing_data",
+    "tabular_sequence_testing_data",
+    "tabular_testing_data",
 ]
 
 # One loader answers every name of the reference's: none of its engines is needed.
