@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from t4r_fast.errors import InputError
 
@@ -172,11 +173,34 @@ class ColumnSchema:
             )
         return int(self.int_domain.max) + 1
 
-    def with_tags(self, tags: Iterable[str | Tags]) -> ColumnSchema:
-        return dataclasses.replace(self, tags=[_tag(t) for t in tags])
+    def copy(self, **changes: object) -> ColumnSchema:
+        """A column of its own, with some fields changed."""
+        fields = {f.name: copy.deepcopy(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return ColumnSchema(**{**fields, **changes})
 
     def with_name(self, name: str) -> ColumnSchema:
-        return dataclasses.replace(self, name=name)
+        return self.copy(name=name)
+
+    def with_tags(self, tags: Iterable[str | Tags]) -> ColumnSchema:
+        """A copy that carries these tags too."""
+        return self.copy(tags=list(dict.fromkeys([*self.tags, *(_tag(t) for t in tags)])))
+
+    def with_properties(self, properties: dict[str, object]) -> ColumnSchema:
+        """A copy that has these properties too."""
+        return self.copy(properties={**self.properties, **properties})
+
+    def with_tags_based_on_properties(
+        self, using_value_count: bool = True, using_domain: bool = True
+    ) -> ColumnSchema:
+        """A copy tagged list, where it has a value_count, and categorical or continuous by its
+        domain."""
+        tags = [Tags.LIST] if using_value_count and self.value_count is not None else []
+        if using_domain and self.int_domain is not None:
+            ids = self.int_domain.is_categorical
+            tags.append(Tags.CATEGORICAL if ids else Tags.CONTINUOUS)
+        if using_domain and self.float_domain is not None:
+            tags.append(Tags.CONTINUOUS)
+        return self.with_tags(tags)
 
     def has_tags(self, tags: Iterable[str | Tags]) -> bool:
         return {_tag(t) for t in tags} <= set(self.tags)
@@ -185,25 +209,36 @@ class ColumnSchema:
 class Schema:
     """An ordered collection of columns.
 
-    Schema().from_proto_text(path_or_text) returns a new schema; `select_by_*` and `remove_by_*`
-    return new schemas too. Selecting by several tags keeps the columns that carry all of them.
+    Schema().from_proto_text(path_or_proto_text) returns a new schema; `select_by_*` and
+    `remove_by_*` return new schemas too. Selecting by several tags keeps the columns that carry
+    all of them.
     """
 
-    def __init__(self, columns: Iterable[ColumnSchema] = ()) -> None:
-        self.feature: list[ColumnSchema] = list(columns)
+    def __init__(self, feature: Iterable[ColumnSchema] = ()) -> None:
+        self.feature: list[ColumnSchema] = list(feature)
         names = [c.name for c in self.feature]
         doubled = sorted({n for n in names if names.count(n) > 1})
         if doubled:
             raise InputError(f"schema: column names must be unique; {doubled} appear twice")
 
+    @classmethod
+    def create(
+        cls,
+        column_schemas: Iterable[ColumnSchema | str] | dict[str, ColumnSchema | str] | None = None,
+    ) -> Schema:
+        """A schema of columns, or of names of columns of which nothing else is known."""
+        given = column_schemas or ()
+        given = given.values() if isinstance(given, dict) else given
+        return cls(ColumnSchema(c) if isinstance(c, str) else c for c in given)
+
     # -- text ------------------------------------------------------------------------------------
 
-    def from_proto_text(self, path_or_text: str | os.PathLike[str]) -> Schema:
+    def from_proto_text(self, path_or_proto_text: str | os.PathLike[str]) -> Schema:
         """The schema in a pbtxt file, or in the text itself.
 
         Raises InputError when the file is missing or the text is no schema, naming the line.
         """
-        text = str(path_or_text)
+        text = str(path_or_proto_text)
         origin = "schema text"
         if "{" not in text:
             origin = text
@@ -316,36 +351,71 @@ class Schema:
     def select(self, keep: Callable[[ColumnSchema], bool]) -> Schema:
         return Schema(c for c in self.feature if keep(c))
 
-    def select_by_name(self, names: str | Iterable[str] | Callable[[str], bool]) -> Schema:
+    def filter_column_schemas(
+        self, filter_fn: Callable[[ColumnSchema], bool], negate: bool = False
+    ) -> Schema:
+        """The columns for which filter_fn holds, or does not with `negate`."""
+        return self.select(lambda c: bool(filter_fn(c)) != negate)
+
+    def map_column_schemas(self, map_fn: Callable[[ColumnSchema], ColumnSchema]) -> Schema:
+        return Schema(map_fn(c) for c in self.feature)
+
+    def select_by_name(self, to_select: str | Iterable[str] | Callable[[str], bool]) -> Schema:
         """The columns with these names, in the order of the schema; unknown names are an error."""
-        if callable(names):
-            return self.select(lambda c: names(c.name))
-        wanted = [names] if isinstance(names, str) else list(names)
+        if callable(to_select):
+            return self.select(lambda c: to_select(c.name))
+        wanted = [to_select] if isinstance(to_select, str) else list(to_select)
         missing = [n for n in wanted if n not in self]
         if missing:
             raise InputError(f"schema: no column {missing}; there are {self.column_names}")
         return self.select(lambda c: c.name in wanted)
 
-    def remove_by_name(self, names: str | Iterable[str] | Callable[[str], bool]) -> Schema:
-        if callable(names):
-            return self.select(lambda c: not names(c.name))
-        dropped = {names} if isinstance(names, str) else set(names)
+    def remove_by_name(self, to_remove: str | Iterable[str] | Callable[[str], bool]) -> Schema:
+        if callable(to_remove):
+            return self.select(lambda c: not to_remove(c.name))
+        dropped = {to_remove} if isinstance(to_remove, str) else set(to_remove)
         return self.select(lambda c: c.name not in dropped)
 
     def select_by_tag(
-        self, tags: str | Tags | Iterable[str | Tags] | Callable[[list[str]], bool]
+        self, to_select: str | Tags | Iterable[str | Tags] | Callable[[list[str]], bool]
     ) -> Schema:
-        if callable(tags) and not isinstance(tags, (str, Enum)):
-            return self.select(lambda c: tags(c.tags))
-        wanted = [tags] if isinstance(tags, (str, Enum)) else list(tags)
+        if callable(to_select) and not isinstance(to_select, (str, Enum)):
+            return self.select(lambda c: to_select(c.tags))
+        wanted = [to_select] if isinstance(to_select, (str, Enum)) else list(to_select)
         return self.select(lambda c: c.has_tags(wanted))
 
-    def remove_by_tag(self, tags: str | Tags | Iterable[str | Tags]) -> Schema:
-        return self - self.select_by_tag(tags)
+    def remove_by_tag(
+        self, to_remove: str | Tags | Iterable[str | Tags] | Callable[[list[str]], bool]
+    ) -> Schema:
+        return self - self.select_by_tag(to_remove)
 
-    def select_by_type(self, types: str | Iterable[str]) -> Schema:
-        wanted = {types} if isinstance(types, str) else set(types)
+    def select_by_type(self, to_select: str | Iterable[str]) -> Schema:
+        wanted = {to_select} if isinstance(to_select, str) else set(to_select)
         return self.select(lambda c: c.type in wanted)
+
+    def remove_by_type(self, to_remove: str | Iterable[str]) -> Schema:
+        return self - self.select_by_type(to_remove)
+
+    def apply(self, selector: Any) -> Schema:
+        """The columns that a selector of Merlin names; all of them without one."""
+        names = getattr(selector, "names", None)
+        return self.select_by_name(names) if names else self
+
+    def apply_inverse(self, selector: Any) -> Schema:
+        """The columns that a selector of Merlin does not name."""
+        return self.remove_by_name(selector.names) if selector else self
+
+    def filter_columns_from_dict(self, input_dict: dict[str, Any]) -> dict[str, Any]:
+        """The entries for columns of the schema."""
+        return {name: value for name, value in input_dict.items() if name in self}
+
+    def with_tags_based_on_properties(
+        self, using_value_count: bool = True, using_domain: bool = True
+    ) -> Schema:
+        """All columns tagged as ColumnSchema.with_tags_based_on_properties does."""
+        return self.map_column_schemas(
+            lambda c: c.with_tags_based_on_properties(using_value_count, using_domain)
+        )
 
     def categorical_cardinalities(self) -> dict[str, int]:
         """Largest id + 1 of every categorical column."""
@@ -357,10 +427,20 @@ def categorical_cardinalities(schema: Schema) -> dict[str, int]:
     return schema.categorical_cardinalities()
 
 
+def get_embedding_size_from_cardinality(cardinality: int, multiplier: float = 2.0) -> int:
+    """ceil(cardinality ** 0.25 * multiplier), the reference's rule."""
+    return math.ceil(cardinality**0.25 * multiplier)
+
+
 def embedding_sizes(schema: Schema, multiplier: float = 2.0) -> dict[str, int]:
-    """ceil(cardinality ** 0.25 * multiplier) per categorical column: the reference's rule."""
-    cardinalities = schema.categorical_cardinalities()
-    return {n: math.ceil(v**0.25 * multiplier) for n, v in cardinalities.items()}
+    """get_embedding_size_from_cardinality for each categorical column."""
+    return {
+        name: get_embedding_size_from_cardinality(cardinality, multiplier)
+        for name, cardinality in schema.categorical_cardinalities().items()
+    }
+
+
+get_embedding_sizes_from_schema = embedding_sizes  # the reference's name
 
 
 # -- the text form of protocol buffers, as far as schemas use it -----------------------------------

@@ -28,6 +28,8 @@ MODULES: dict[str, str | None] = {
     "merlin_standard_lib.schema": "t4r_fast.dropin.merlin_standard_lib.schema",
     "merlin_standard_lib.schema.schema": "t4r_fast.schema",
     "merlin_standard_lib.schema.tag": "t4r_fast.schema",
+    "merlin_standard_lib.utils": None,
+    "merlin_standard_lib.utils.embedding_utils": "t4r_fast.schema",
     "nvtabular": "t4r_fast.dropin.nvtabular",
 }
 

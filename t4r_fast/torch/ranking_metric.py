@@ -18,7 +18,10 @@ from torch import nn
 
 from t4r_fast.ops.ranking_metrics import ranking_metrics
 from t4r_fast.ops.target_rank import TargetRank
+from t4r_fast.registry import Registry
 from t4r_fast.torch.model.lazy_logits import LazyLogits
+
+ranking_metrics_registry = Registry("ranking metric")
 
 
 class RankingMetric(nn.Module):
@@ -129,6 +132,7 @@ def _discount(k: int, like: torch.Tensor) -> torch.Tensor:
     return 1.0 / torch.log2(torch.arange(2, k + 2, device=like.device, dtype=torch.float32))
 
 
+@ranking_metrics_registry.register_with_multiple_names("precision_at", "precision")
 class PrecisionAt(RankingMetric):
     """Share of the first k that are right: [rank < k] / k for one right item."""
 
@@ -138,6 +142,7 @@ class PrecisionAt(RankingMetric):
         return torch.stack([relevant[:, :k].sum(1) / k for k in self.top_ks], dim=1)
 
 
+@ranking_metrics_registry.register_with_multiple_names("recall_at", "recall")
 class RecallAt(RankingMetric):
     """Share of the right items that are among the first k: [rank < k] for one right item."""
 
@@ -148,6 +153,7 @@ class RecallAt(RankingMetric):
         return torch.stack(found, dim=1)
 
 
+@ranking_metrics_registry.register_with_multiple_names("avg_precision_at", "avg_precision", "map")
 class AvgPrecisionAt(RankingMetric):
     """Mean of the precisions at the places of the right items, over min(right items, k)."""
 
@@ -160,6 +166,7 @@ class AvgPrecisionAt(RankingMetric):
         return torch.stack(found, dim=1)
 
 
+@ranking_metrics_registry.register_with_multiple_names("dcg_at", "dcg")
 class DCGAt(RankingMetric):
     """Sum of 1 / log2(place + 1) over the right items among the first k (place from 1)."""
 
@@ -171,6 +178,7 @@ class DCGAt(RankingMetric):
         return torch.where(total.unsqueeze(1) > 0, torch.stack(found, dim=1), torch.nan)
 
 
+@ranking_metrics_registry.register_with_multiple_names("ndcg_at", "ndcg")
 class NDCGAt(RankingMetric):
     """DCG over the DCG of the best ranking there could be."""
 
@@ -185,6 +193,7 @@ class NDCGAt(RankingMetric):
         return torch.stack(found, dim=1)
 
 
+@ranking_metrics_registry.register_with_multiple_names("mrr_at", "mrr")
 class MeanReciprocalRankAt(RankingMetric):
     """1 / place of the first right item if it is among the first k, else 0."""
 

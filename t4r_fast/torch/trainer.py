@@ -76,6 +76,10 @@ class Trainer(Checkpoints, transformers.Trainer):
     Replaces transformers4rec.torch.Trainer.
     """
 
+    #: Called on each evaluation batch where args.log_predictions is on, with labels,
+    #: pred_item_ids, pred_item_scores, metrics and dataset_type.
+    log_predictions_callback: Callable[..., None] | None = None
+
     def __init__(
         self,
         model: nn.Module | None = None,
@@ -109,7 +113,6 @@ class Trainer(Checkpoints, transformers.Trainer):
         self.eval_dataloader = eval_dataloader
         self.test_dataloader = test_dataloader
         self.test_dataset_or_path = test_dataset_or_path
-        self.log_predictions_callback: Callable[..., None] | None = None
         self.incremental_logging = incremental_logging
         self.train_dataset_or_path = options.pop("train_dataset", train_dataset_or_path)
         self.eval_dataset_or_path = options.pop("eval_dataset", eval_dataset_or_path)

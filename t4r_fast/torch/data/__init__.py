@@ -44,16 +44,16 @@ class T4RecDataLoader:
     """Finds a data loader by the name of its engine."""
 
     @classmethod
-    def parse(cls, engine: str | type) -> type:
-        """The loader class of `engine`: "parquet" or a name of the reference's engines.
+    def parse(cls, class_or_str: str | type) -> type:
+        """The loader class of an engine: "parquet" or a name of the reference's engines.
 
         A class is returned as it is. Raises InputError for a name that is not known.
         """
-        if not isinstance(engine, str):
-            return engine
-        if engine not in DATA_LOADER_ENGINES:
+        if not isinstance(class_or_str, str):
+            return class_or_str
+        if class_or_str not in DATA_LOADER_ENGINES:
             raise InputError(
                 f"data_loader_engine must be one of {', '.join(DATA_LOADER_ENGINES)};"
-                f" got {engine!r}"
+                f" got {class_or_str!r}"
             )
-        return DATA_LOADER_ENGINES[engine]
+        return DATA_LOADER_ENGINES[class_or_str]

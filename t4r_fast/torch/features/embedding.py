@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -329,3 +330,17 @@ class PretrainedEmbeddingsInitializer(nn.Module):
         with torch.no_grad():
             x.copy_(self.weight_matrix)
         x.requires_grad_(self.trainable)
+
+
+# They are built on this module and stand in files of their own; the reference has them here.
+_ELSEWHERE = {
+    "PretrainedEmbeddingFeatures": "pretrained",
+    "SoftEmbedding": "soft",
+    "SoftEmbeddingFeatures": "soft",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _ELSEWHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"t4r_fast.torch.features.{_ELSEWHERE[name]}"), name)

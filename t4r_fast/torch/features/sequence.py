@@ -191,6 +191,10 @@ class TabularSequenceFeatures(TabularFeatures):
     def item_embedding_table(self) -> nn.Module | None:
         return getattr(self.categorical_module, "item_embedding_table", None)
 
+    def project_continuous_features(self, dimensions: int | list[int]) -> TabularSequenceFeatures:
+        """See TabularFeatures; the reference names the argument so here."""
+        return super().project_continuous_features(dimensions)
+
     def output_size(self, input_size: Sizes | None = None):
         size = super().output_size(input_size)
         if self.projection_module is None or size is None:

@@ -143,7 +143,7 @@ class TabularFeatures(MergeTabular):
     def pretrained_module(self) -> nn.Module | None:
         return self._part("pretrained_embedding_module")
 
-    def project_continuous_features(self, dimensions: int | list[int]) -> TabularFeatures:
+    def project_continuous_features(self, mlp_layers_dims: int | list[int]) -> TabularFeatures:
         """Put an MLP over all number features; they become the one feature
         `continuous_projection`."""
         numbers = self.continuous_module
@@ -153,7 +153,7 @@ class TabularFeatures(MergeTabular):
             )
         numbers.aggregation = "concat"
         self.to_merge["continuous_module"] = SequentialBlock(
-            numbers, MLPBlock(dimensions), AsTabular(CONTINUOUS_PROJECTION)
+            numbers, MLPBlock(mlp_layers_dims), AsTabular(CONTINUOUS_PROJECTION)
         )
         return self
 

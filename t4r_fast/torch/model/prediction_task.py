@@ -17,11 +17,22 @@ from t4r_fast.ops.tied_softmax_loss import tied_softmax_loss
 from t4r_fast.torch.block.base import BuildableBlock, takes_mode
 from t4r_fast.torch.block.mlp import MLPBlock
 from t4r_fast.torch.model.lazy_logits import LazyLogits
-from t4r_fast.torch.model.session_task import BinaryClassificationTask, RegressionTask
+from t4r_fast.torch.model.session_task import (
+    BinaryClassificationPrepareBlock,
+    BinaryClassificationTask,
+    RegressionPrepareBlock,
+    RegressionTask,
+)
 from t4r_fast.torch.model.task import PredictionTask, built
 from t4r_fast.torch.ranking_metric import AvgPrecisionAt, NDCGAt, RankingMetric, RecallAt
 
-__all__ = ["BinaryClassificationTask", "NextItemPredictionTask", "RegressionTask"]
+__all__ = [
+    "BinaryClassificationPrepareBlock",
+    "BinaryClassificationTask",
+    "NextItemPredictionTask",
+    "RegressionPrepareBlock",
+    "RegressionTask",
+]
 
 LOG = logging.getLogger("t4r_fast")
 

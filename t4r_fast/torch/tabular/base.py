@@ -6,7 +6,7 @@ from feature name to tensor. Sizes of a dict are a dict of tuples, with -1 for a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -465,5 +465,6 @@ class AsTabular(TabularBlock):
         return {self.output_name: input_size}
 
 
-MergeFunction = Callable[[nn.Module, nn.Module], MergeTabular]
-merge_tabular: MergeFunction = MergeTabular
+def merge_tabular(self: nn.Module, other: nn.Module) -> MergeTabular:
+    """Both on the same inputs, their dicts of outputs merged."""
+    return MergeTabular(self, other)
