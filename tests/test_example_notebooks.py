@@ -19,7 +19,7 @@ METRICS = [f"next-item/{name}_at_{k}:" for name in ("ndcg", "recall") for k in (
 # a cell for the end of today.ipynb
 LEARNED = """
 for name in models:
-    assert results[name]["recall_at_20"] > 3 * popularity, (name, results)
+    assert results[name]["recall_at_20"] > 1.5 * popularity, (name, results)
 """
 
 
