@@ -171,9 +171,35 @@ def test_it_is_replaced_on_request(real, monkeypatch, by):
     assert importlib.import_module("transformers4rec.torch") is t4r_fast.torch
 
 
-def test_the_variable_takes_one_word(monkeypatch):
+@pytest.mark.parametrize(
+    ("value", "replace", "roots"),
+    [
+        ("", False, ()),
+        ("replace", True, ROOTS),
+        ("replace-all", "all", (*ROOTS, "nvtabular")),
+    ],
+)
+def test_nvtabular_is_replaced_only_by_all(real, tmp_path, monkeypatch, value, replace, roots):
+    (tmp_path / "nvtabular.py").write_text("real = True\n")
+    monkeypatch.setenv("T4R_FAST_DROPIN", value)
+    assert install() == install(replace) == roots
+    if "nvtabular" in roots:
+        assert importlib.import_module("nvtabular").Dataset.__module__.startswith("t4r_fast.")
+        return
+    try:
+        assert importlib.import_module("nvtabular").real
+    finally:
+        del sys.modules["nvtabular"]
+    forget_warnings()
+    with pytest.warns(CompatWarning, match=r"nvtabular is .*\(replace='all'\), or .*=replace-all"):
+        install(replace)
+
+
+def test_what_asks_for_replacing_takes_few_words(monkeypatch):
+    with pytest.raises(InputError, match="replace must be True, False or 'all'; got 'nvtabular'"):
+        install(replace="nvtabular")
     monkeypatch.setenv("T4R_FAST_DROPIN", "yes")
-    with pytest.raises(InputError, match="T4R_FAST_DROPIN must be 'replace' or not set; got 'yes'"):
+    with pytest.raises(InputError, match="must be 'replace' or 'replace-all', or not set; got"):
         install()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 
 import numpy as np
 import pyarrow as pa
@@ -243,17 +242,6 @@ def test_names():
         nvt.ops  # noqa: B018
     with pytest.raises(ModuleNotFoundError, match=r"'nvtabular\.ops'; install NVTabular for it"):
         importlib.import_module("nvtabular.ops")
-
-
-def test_an_installed_nvtabular_stays(tmp_path, monkeypatch):
-    uninstall()
-    (tmp_path / "nvtabular.py").write_text("real = True\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    try:
-        assert install(replace=True) == ("transformers4rec", "merlin_standard_lib")
-        assert importlib.import_module("nvtabular").real
-    finally:
-        sys.modules.pop("nvtabular", None)
 
 
 def test_export_is_not_there_yet(tmp_path):

@@ -6,9 +6,9 @@ From then on `transformers4rec` and `merlin_standard_lib` import the modules of 
 the few `nvtabular` names of the tutorial where NVTabular is not installed. Modules and classes are
 the same objects under both names.
 
-Where the real Transformers4Rec is installed it stays in use, with a warning, unless one of these
-asks for t4r_fast: `t4r_fast.dropin.install(replace=True)`, or T4R_FAST_DROPIN=replace in the
-environment of the first import. An installed NVTabular always stays.
+Real packages that are installed stay in use, with a warning that names the option to replace them:
+`t4r_fast.dropin.install(replace=True)`, or T4R_FAST_DROPIN=replace in the environment of the first
+import, for Transformers4Rec; `replace="all"`, or replace-all, for NVTabular as well.
 """
 
 from __future__ import annotations

@@ -16,6 +16,12 @@ from t4r_fast.dropin import names
 from t4r_fast.errors import InputError
 
 _VARIABLE = "T4R_FAST_DROPIN"
+_VALUES: dict[str, bool | str] = {"": False, "replace": True, "replace-all": "all"}
+# How to replace an installed package that stays in use.
+_OPTIONS = {
+    "transformers4rec": f"t4r_fast.dropin.install(replace=True), or {_VARIABLE}=replace",
+    "nvtabular": f"t4r_fast.dropin.install(replace='all'), or {_VARIABLE}=replace-all",
+}
 
 
 class _Loader(importlib.abc.Loader):
@@ -71,35 +77,38 @@ class _Finder(importlib.abc.MetaPathFinder):
 _finder: _Finder | None = None
 
 
-def install(replace: bool | None = None) -> tuple[str, ...]:
+def install(replace: bool | str | None = None) -> tuple[str, ...]:
     """Answer the import names of the reference by t4r_fast from here on.
 
-    replace  True: in place of an installed Transformers4Rec, too; False: where it is installed it
-             stays in use, with a warning. None: as the environment variable T4R_FAST_DROPIN says,
-             "replace" or nothing
+    replace  True: in place of an installed Transformers4Rec, too; "all": in place of an installed
+             NVTabular as well; False: what is installed stays in use, with a warning. None: as
+             the environment variable T4R_FAST_DROPIN says, "replace", "replace-all" or nothing
     returns  the import roots that are answered
 
-    An installed NVTabular always stays. Importing t4r_fast.dropin calls this; a later call
-    overrides an earlier one. Raises InputError on another value of the variable, and RuntimeError
-    when modules of the real package are already imported and would be mixed with ours.
+    Importing t4r_fast.dropin calls this; a later call overrides an earlier one. Raises InputError
+    on other values, and RuntimeError when modules of the real package are already imported and
+    would be mixed with ours.
     """
     global _finder
     if replace is None:
         value = os.environ.get(_VARIABLE, "")
-        if value not in ("", "replace"):
-            raise InputError(f"{_VARIABLE} must be 'replace' or not set; got {value!r}")
-        replace = value == "replace"
+        if value not in _VALUES:
+            raise InputError(
+                f"{_VARIABLE} must be 'replace' or 'replace-all', or not set; got {value!r}"
+            )
+        replace = _VALUES[value]
+    if replace not in _VALUES.values():
+        raise InputError(f"install: replace must be True, False or 'all'; got {replace!r}")
     uninstall()
     roots: list[str] = []
-    for owner, owned in names.ROOTS.items():
-        real = _installed(owner)
-        if real and not (replace and owner == "transformers4rec"):
-            if owner == "transformers4rec":
-                warn_once(
-                    "t4r_fast.dropin.install(replace=True), or T4R_FAST_DROPIN=replace",
-                    "Transformers4Rec is installed and stays in use under its own name; t4r_fast"
-                    " can answer in its place",
-                )
+    replaced = {False: (), True: ("transformers4rec",), "all": tuple(names.ROOTS)}[replace]
+    for package, owned in names.ROOTS.items():
+        if package not in replaced and _installed(package):
+            warn_once(
+                _OPTIONS[package],
+                f"{package} is installed and stays in use under its own name; t4r_fast can answer"
+                " in its place",
+            )
             continue
         _refuse_imported(owned)
         roots += owned
