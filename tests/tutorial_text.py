@@ -88,6 +88,7 @@ def run(cells: list[str], folder: Path, raising: str | None = None, **environmen
     client = NotebookClient(
         notebook,
         timeout=600,
+        startup_timeout=300,  # other tests run beside it
         kernel_name="python3",
         resources={"metadata": {"path": str(folder)}},
     )
