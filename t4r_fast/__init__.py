@@ -29,10 +29,12 @@ if TYPE_CHECKING:
     from t4r_fast.ops.target_rank import target_rank
     from t4r_fast.ops.tied_softmax_loss import tied_softmax_loss
     from t4r_fast.ops.tied_table_step import tied_table_step
+    from t4r_fast.patch import accelerate, restore
 
 __all__ = [
     "PopularityTable",
     "__version__",
+    "accelerate",
     "backend",
     "get_compat",
     "item_topk",
@@ -43,6 +45,7 @@ __all__ = [
     "mask_permutation",
     "popularity_table",
     "ranking_metrics",
+    "restore",
     "sampled_softmax_loss",
     "sequence_embedding",
     "set_compat",
@@ -66,7 +69,8 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "backend":
         return importlib.import_module("t4r_fast.backend")
-    module = importlib.import_module(f"t4r_fast.ops.{_MODULES.get(name, name)}")
+    home = "patch" if name in ("accelerate", "restore") else f"ops.{_MODULES.get(name, name)}"
+    module = importlib.import_module(f"t4r_fast.{home}")
     globals()[name] = getattr(module, name)
     return globals()[name]
 

@@ -57,3 +57,23 @@ def test_rank_and_topk_agree_with_the_formed_scores(logits):
     assert torch.equal(ids[kept], want.indices)
     torch.testing.assert_close(scores[kept], want.values)
     assert not logits.detach().hidden.requires_grad
+
+
+def test_torch_topk_needs_no_scores(logits):
+    cut = logits.detach()
+    found = torch.topk(cut, k=2, dim=-1)
+    assert cut._dense is None
+    want = logits.dense().detach().topk(2)
+    assert torch.equal(found.indices, want.indices)
+    torch.testing.assert_close(found.values, want.values)
+    with torch.no_grad():
+        assert torch.equal(torch.topk(logits, 2)[1], want.indices)
+    # what the op does not do comes from the scores
+    assert torch.equal(torch.topk(cut, 2, largest=False)[1], want_smallest(logits))
+    assert torch.topk(logits, 2).values.requires_grad
+    with pytest.raises(RuntimeError, match="out of range"):
+        torch.topk(cut, 7)
+
+
+def want_smallest(logits):
+    return logits.dense().topk(2, largest=False).indices

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from t4r_fast.dropin import names as dropin
+from t4r_fast.dropin import uninstall
+
+uninstall()  # the table of names alone is wanted, not the hook that the import puts in
 
 HERE = Path(__file__).parent
 RECORDED = json.loads((HERE / "names.json").read_text())
@@ -141,7 +144,10 @@ def compare() -> list[tuple[str, str, str]]:
 
 
 def judged(full: str, theirs: dict | None, own: Any, of: Any = None) -> tuple[str, str]:
-    if own is None and (of is None or not hasattr(of, full.rpartition(".")[2])):
+    last = full.rpartition(".")[2]
+    if last in getattr(of, "__dataclass_fields__", {}):
+        return "same", ""
+    if own is None and (of is None or not hasattr(of, last)):
         return "not yet", ""
     if full in BETTER:
         return "better", BETTER[full]

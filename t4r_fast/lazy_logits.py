@@ -1,0 +1,150 @@
+"""Scores of all items that are formed only when somebody looks at them.
+
+A model's output carries its predictions, N x V numbers that training and evaluation never need:
+the loss, the rank of the target and the best k come from the hidden states by fused ops. LazyLogits
+holds the factors. Used as a tensor (by any torch function, operator or tensor attribute) it becomes
+one; torch.topk alone does without.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from t4r_fast.ops._table import up_to_date
+from t4r_fast.ops.item_topk import MAX_K, item_topk
+from t4r_fast.ops.target_rank import TargetRank, target_rank
+
+
+class LazyLogits:
+    """hidden @ items.T + bias, over a temperature, for the rows that have a target.
+
+    hidden   (M, D)   one row per place where a target may stand
+    items    (V, D)
+    labels   (M,)     int64; rows whose label is `padding_idx` have no target and do not show
+    bias     (V,) or None
+    log_probabilities  whether dense() gives log-softmax of the scores, as releases up to 23.02 did
+    """
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        items: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        bias: torch.Tensor | None = None,
+        temperature: float = 1.0,
+        padding_idx: int = 0,
+        log_probabilities: bool = False,
+    ) -> None:
+        self.hidden, self.items, self.labels, self.bias = hidden, items, labels, bias
+        self.temperature = temperature
+        self.padding_idx = padding_idx
+        self.log_probabilities = log_probabilities
+        self._dense: torch.Tensor | None = None
+
+    def detach(self) -> LazyLogits:
+        """The same scores, cut from the graph."""
+        return LazyLogits(
+            self.hidden.detach(),
+            up_to_date(self.items).detach(),
+            self.labels,
+            bias=None if self.bias is None else up_to_date(self.bias).detach(),
+            temperature=self.temperature,
+            padding_idx=self.padding_idx,
+            log_probabilities=self.log_probabilities,
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        # known without forming the scores: mixed precision asks for it at every step
+        return self.hidden.dtype
+
+    def target_rank(self) -> TargetRank:
+        """Rank of each row's label among all items; -1 where there is none. No N x V tensor."""
+        with torch.no_grad():
+            return target_rank(
+                self.hidden, self.items, self.labels, bias=self.bias, ignore_index=self.padding_idx
+            )
+
+    def topk(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(scores, ids), both (M, k), of the best k <= 128 items per row, ties by lowest id."""
+        with torch.no_grad():
+            return item_topk(
+                self.hidden, self.items, k, bias=self.bias, temperature=self.temperature
+            )
+
+    def dense(self) -> torch.Tensor:
+        """The (N, V) scores of the N rows that have a target, differentiable."""
+        if self._dense is None:
+            hidden = self.hidden[self.labels != self.padding_idx]
+            scores = hidden @ up_to_date(self.items).T
+            if self.bias is not None:
+                scores = scores + up_to_date(self.bias)
+            scores = scores / self.temperature
+            self._dense = scores.log_softmax(-1) if self.log_probabilities else scores
+        return self._dense
+
+    # -- being a tensor --------------------------------------------------------------------------
+
+    def _torch_topk(self, k: int, dim: int = -1, largest: bool = True, sorted: bool = True):
+        """torch.topk without the scores, or None where they are needed."""
+        plain = largest and dim in (-1, 1) and not self.log_probabilities
+        differentiable = torch.is_grad_enabled() and self._has_gradient
+        if not plain or differentiable or not 1 <= k <= min(MAX_K, len(self.items)):
+            return None
+        rows = self.labels != self.padding_idx
+        scores, ids = self.topk(k)
+        return torch.return_types.topk((scores[rows], ids[rows]))
+
+    @property
+    def _has_gradient(self) -> bool:
+        return self.hidden.requires_grad or self.items.requires_grad
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.topk and isinstance(args[0], LazyLogits):
+            found = args[0]._torch_topk(*args[1:], **(kwargs or {}))
+            if found is not None:
+                return found
+        return func(*_densified(args), **_densified(kwargs or {}))
+
+    def __getattr__(self, name: str):
+        if name.startswith("__") or "hidden" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.dense(), name)
+
+    def __len__(self) -> int:
+        return len(self.dense())
+
+    def __getitem__(self, index):
+        return self.dense()[index]
+
+    def __repr__(self) -> str:
+        rows, items = self.hidden.shape[0], self.items.shape[0]
+        return f"LazyLogits(at most {rows} rows, {items} items, not formed)"
+
+
+def _densified(value):
+    if isinstance(value, LazyLogits):
+        return value.dense()
+    if type(value) in (list, tuple):
+        return type(value)(_densified(v) for v in value)
+    if isinstance(value, dict):
+        return {k: _densified(v) for k, v in value.items()}
+    return value
+
+
+def _operator(name: str):
+    def apply(self: LazyLogits, *others):
+        return getattr(self.dense(), name)(*_densified(others))
+
+    return apply
+
+
+_OPERATORS = (
+    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "matmul", "rmatmul"),
+    *("neg", "pow", "eq", "ne", "lt", "le", "gt", "ge"),
+)
+for _name in _OPERATORS:
+    setattr(LazyLogits, f"__{_name}__", _operator(f"__{_name}__"))
+LazyLogits.__hash__ = object.__hash__
