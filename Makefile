@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
 C_FILES := '*.cpp' '*.h' '*.cu' '*.cuh'
 
-.PHONY: setup build test test-fast cuda-on-cpu sanitize lint check fmt demo doctor bench bench-table bench-micro \
+.PHONY: setup build test test-fast cuda-on-cpu mutate-cuda sanitize lint check fmt demo doctor bench bench-table bench-micro \
         bench-t4rec gpu gpu-budget roofline clean
 
 setup: $(VENV)/.installed
@@ -48,6 +48,10 @@ test-fast: setup cuda-on-cpu
 # The CUDA ops built by g++ to run on the CPU, without and with sanitizers, for lane cuda-on-cpu.
 cuda-on-cpu: setup
 	$(BIN)/python tests/cuda_on_cpu/build.py
+
+# Takes out each barrier and each bounds check of the CUDA kernels in turn; the tests must notice.
+mutate-cuda: setup
+	$(BIN)/python tests/cuda_on_cpu/mutate.py $(ARGS)
 
 # The C++ ops under AddressSanitizer and UndefinedBehaviorSanitizer; needs g++.
 sanitize: setup

@@ -2,14 +2,13 @@
 
 import ctypes
 import json
-import os
 import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from cuda_on_cpu import build
+from cuda_on_cpu import build, mutate
 from harness import REQUIRED, ROOT
 
 N = 1000
@@ -133,26 +132,9 @@ def test_errors_are_exceptions_and_the_next_launch_is_fine(probe, name):
         assert torch.equal(probe("reverse", seed)[1], reversed_input())
 
 
-def sanitized(command, **environment):
-    runtimes = []
-    for name in ("libasan.so", "libstdc++.so"):
-        found = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True)
-        runtimes.append(os.path.realpath(found.stdout.strip()))
-    return subprocess.run(
-        command,
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "LD_PRELOAD": " ".join(runtimes),
-            "ASAN_OPTIONS": "detect_leaks=0",
-            "UBSAN_OPTIONS": "print_stacktrace=1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-            **environment,
-        },
-        capture_output=True,
-        text=True,
-    )
+def sanitized(command, library):
+    environment = build.sanitized_environment(library)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 OUT_OF_BOUNDS = {
@@ -191,8 +173,8 @@ print(json.dumps(found))
 def test_one_element_out_of_bounds_ends_a_sanitized_process():
     need("asan", "probes")
     right = ["sum", "reverse", "dynamic", "throwing", "divergent return", "collectives"]
-    library, names = str(build.library("asan", "probes")), json.dumps([right, [*OUT_OF_BOUNDS]])
-    done = sanitized([sys.executable, "-c", RUN_PROBES, library, names])
+    library, names = build.library("asan", "probes"), json.dumps([right, [*OUT_OF_BOUNDS]])
+    done = sanitized([sys.executable, "-c", RUN_PROBES, str(library), names], library)
     assert (done.returncode, done.stderr) == (0, "")
     for name, (status, report) in json.loads(done.stdout).items():
         assert status != 0, name
@@ -200,17 +182,57 @@ def test_one_element_out_of_bounds_ends_a_sanitized_process():
         assert "probes.cu" in report, name
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_lane_under_sanitizers(op):
-    """The op's tests of this lane again, where a wrong address ends the process."""
+def test_lane_under_sanitizers():
+    """The lane's tests again, where a wrong address ends the process."""
     need("asan", "t4r_fast_emulated")
-    options = ["--capture=sys", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow"]
-    chosen = "cuda-on-cpu and not opcheck and not compiles"  # those two call with the same sizes
+    options = ["-vv", "--capture=sys", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow"]
+    files = [f"tests/test_{op}.py" for op in OPS]
     done = sanitized(
-        [sys.executable, "-m", "pytest", *options, "-k", chosen, f"tests/test_{op}.py"],
-        T4R_FAST_CUDA_ON_CPU=str(build.library("asan")),
-        T4R_FAST_REQUIRE="cuda-on-cpu",
+        [sys.executable, "-m", "pytest", *options, "-k", build.LANE_TESTS, *files],
+        build.library("asan"),
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert re.search(r"\b[1-9]\d* passed", done.stdout), done.stdout[-3000:]
-    assert "skipped" not in done.stdout
+    for file in files:
+        assert re.search(rf"{file}::.*cuda-on-cpu.* PASSED", done.stdout), file
+    assert "SKIPPED" not in done.stdout
+
+
+SNIPPET = """
+__device__ int at(int i);
+int host(int i, int n) { return i < n ? i : n; }
+__global__ void __launch_bounds__(32) kernel(const int* x, int n, int* out) {
+  const bool inside = at(threadIdx.x) < n;  // a < b is no mutant
+  if (threadIdx.x >= static_cast<unsigned>(n) && !inside) return;
+  for (int i = 0; i < n; ++i) {
+    if (inside && i + 1 <= n) out[i] = x[i] > 0 ? (i < 2 ? 1 : 2) : 0;
+    const bool last = i == n - 1 || x[i + 1] == 0;
+    __syncwarp();
+  }
+  if constexpr (sizeof(int) < 8) __syncthreads();
+}
+"""
+MUTANTS = [
+    (6, "inside -> false"),
+    (6, "threadIdx.x >= static_cast<unsigned>(n) -> false"),
+    (7, "i < n -> i <= n"),
+    (8, "i + 1 <= n -> true"),
+    (8, "i < 2 -> true"),
+    (8, "inside -> true"),
+    (8, "x[i] > 0 -> true"),
+    (9, "i == n - 1 -> false"),
+    (10, "without __syncwarp();"),
+    (12, "without __syncthreads();"),
+]
+
+
+def test_mutants_of_a_kernel():
+    """tests/cuda_on_cpu/mutate.py finds each barrier and boundary mask, and nothing on the host."""
+    found = sorted(mutate.mutants(SNIPPET), key=lambda mutant: (mutant.line, mutant.what))
+    assert [(mutant.line, mutant.what) for mutant in found] == MUTANTS
+    text = mutate.instrument(SNIPPET, found, 1)
+    guarded = "if ((!is_mutant(2) && (threadIdx.x >= static_cast<unsigned>(n))) && !(!is_mutant(1)"
+    assert guarded in text
+    assert "for (int i = 0; (is_mutant(3) ? (i <= n) : (i < n)); ++i)" in text
+    assert "(is_mutant(7) || (x[i] > 0)) ? ((is_mutant(5) || (i < 2)) ? 1 : 2) : 0;" in text
+    assert "if (!is_mutant(9)) __syncwarp();" in text
+    assert text.count("is_mutant(") == len(MUTANTS)

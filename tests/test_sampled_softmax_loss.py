@@ -327,8 +327,11 @@ def test_sparse_gradients_hold_what_took_part(lane, sampler, scope, dtype):
     wanted = torch.cat([ids[valid], target[counted]]).unique()
     for sparse, dense in zip(*grads):
         if sparse.is_sparse:
-            assert sparse.is_coalesced()
-            assert torch.equal(sparse.indices()[0].cpu(), wanted)
+            assert sparse.is_coalesced() == (not lane.startswith("triton"))
+            ids = sparse._indices()[0].cpu()
+            assert torch.equal(ids[: len(wanted)], wanted)
+            assert (ids[len(wanted) :] == wanted[-1]).all()
+            assert not sparse._values()[len(wanted) :].any()
         assert torch.equal(sparse.to_dense(), dense)
         assert sparse.dtype == dtype
     assert grads[0][1].is_sparse
@@ -355,7 +358,8 @@ def test_frequencies_of_negatives(sampler):
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("hits", [True, False], ids=["removed", "kept"])
 def test_gradients_tend_to_the_full_softmax(lane, sampler, scope, hits):
-    inputs = make_inputs(200, 30, 5, popularity=sampler == "popularity")
+    n = 25 if lane == "triton-interpret" and scope == "row" else 200  # the interpreter is slow
+    inputs = make_inputs(n, 30, 5, popularity=sampler == "popularity")
     errors = []
     with run_on(lane, "sampled_softmax_loss") as device:
         moved = {n: t.to(device) for n, t in inputs.items()}
@@ -431,19 +435,21 @@ def test_gradcheck(lane, sampler, scope):
                     temperature=1.5,
                 ),
                 leaves,
+                fast_mode=lane == "triton-interpret",  # two products with a Jacobian, not all of it
             )
 
 
 @pytest.mark.parametrize("lane", LANES)
 @pytest.mark.parametrize("scope", SCOPES)
 def test_same_bits_for_any_number_of_threads(lane, scope):
-    inputs = make_inputs(500, 3000, 24)
+    interpreted = lane == "triton-interpret"  # slow, and of one thread
+    inputs = make_inputs(150 if interpreted else 500, 3000, 24)
     before = torch.get_num_threads()
     found = []
     try:
         with run_on(lane, "sampled_softmax_loss") as device:
             # The reference uses PyTorch's products, whose sums depend on the number of threads.
-            for threads in (1, 1) if lane == "reference" else (1, 2, 1, 3):
+            for threads in (1, 1) if interpreted or lane == "reference" else (1, 2, 1, 3):
                 torch.set_num_threads(threads)
                 leaves = {
                     k: v.to(device).requires_grad_(v.is_floating_point()) for k, v in inputs.items()
@@ -452,7 +458,7 @@ def test_same_bits_for_any_number_of_threads(lane, scope):
                     **leaves, num_negatives=200, scope=scope, seed=SEED.to(device)
                 )
                 hidden, items = torch.autograd.grad(loss, [leaves["hidden"], leaves["items"]])
-                found.append((loss, hidden, items.indices(), items.values()))
+                found.append((loss, hidden, items._indices(), items._values()))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))

@@ -188,7 +188,7 @@ def chosen(
     kernel: str,
     table: Table,
     wanted: Key,
-    run: Callable[[Config], None],
+    run: Callable[[Config], Any],
     timer: Callable[[Callable[[], None]], float] = _seconds,
 ) -> Config:
     """The configuration to launch with: `fixed`, or with T4R_FAST_AUTOTUNE=1 the fastest candidate.
@@ -318,6 +318,16 @@ class _Recording:
 
 
 _recording: _Recording | None = None
+_unfused: set[str] = set()
+
+
+def unfused(kernel: Any) -> Any:
+    """The kernel itself, to be compiled so that every product is rounded before it is added to.
+
+    What draws ids needs it: they have the same bits on every backend.
+    """
+    _unfused.add(kernel.fn.__name__)
+    return kernel
 
 
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any) -> None:
@@ -331,7 +341,8 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any)
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        kernel[grid](**arguments, **config.arguments(), enable_fp_fusion=True)
+        fused = kernel.fn.__name__ not in _unfused
+        kernel[grid](**arguments, **config.arguments(), enable_fp_fusion=fused)
 
 
 def recorded(arch: int, label: str, launcher: Callable[[], Any]) -> list[Variant]:
@@ -424,6 +435,6 @@ def compile_ahead(made: Variant, arch: int) -> Any:
     options = {
         "num_warps": made.config.num_warps,
         "num_stages": made.config.num_stages,
-        "enable_fp_fusion": True,
+        "enable_fp_fusion": made.kernel.fn.__name__ not in _unfused,
     }
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

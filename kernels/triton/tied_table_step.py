@@ -9,7 +9,9 @@ gradient, then its rows. All rules and their numbers are those of reference/tied
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ from t4r_fast.kernels._softmax import (
     types_of,
     unit_rows,
 )
-from t4r_fast.kernels._tuning import Config, Entry, Key, config, launch
+from t4r_fast.kernels._tuning import Config, Entry, Key, Variant, config, launch
 from torch import Tensor
 
 import triton
@@ -801,7 +803,7 @@ def tied_table_step_norm(
         return found
 
     name = "_tied_table_step_items_kernel"
-    c = _tuning.chosen(name, CONFIGS, wanted, lambda c: squares(c) and None)
+    c = _tuning.chosen(name, CONFIGS, wanted, squares)
     return squares(c).sum()
 
 
@@ -906,3 +908,40 @@ def tied_table_step_catch_up(
 def _log2(beta: float) -> float:
     """log2 of beta; of 0 a number whose multiples are finite and whose powers of 2 are 0."""
     return math.log2(beta) if beta else -1e9
+
+
+def _case(dtype: torch.dtype, d: int, everything: bool) -> None:
+    """Every function on the meta device: a loss and a lookup, or two heads with every option."""
+
+    def of(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    def whole(*size: int) -> Tensor:
+        return of(*size, dtype=torch.int64)
+
+    rows, v, heads = 4096, 100_000, 2 if everything else 1
+    items, wide = of(v, d), _tuning.SUMS[dtype]
+    parts = (
+        [of(rows, d)] * heads, [whole(rows)] * heads, [of(4, rows, dtype=torch.float64)] * heads,
+        [of(v)] * everything, [0, -1] if everything else [-1],
+        [1.0, 30.0, 0.5, 0.0] if everything else [1.0, 0.0],
+    )  # fmt: skip
+    found = (whole(rows), of(rows, d, dtype=wide), items if everything else None)
+    tied_table_step_norm(items, *parts, *found)
+    kinds = range(5) if d == 64 else (reference.ADAMW,)  # the width of the tutorial
+    for kind in kinds:
+        rule = (kind, 1, 1e-3, 0.9, 0.999, 1e-8, 0.01, 0.9, 1.0)
+        first = of(v, dtype=wide) if kind == reference.ROWWISE_ADAGRAD else of(v, d, dtype=wide)
+        second = of(v, dtype=wide) if kind == reference.ROWWISE_ADAMW else of(v, d, dtype=wide)
+        second = second if kind in (reference.ADAMW, reference.ROWWISE_ADAMW) else None
+        tied_table_step_fwd(items, first, second, *parts, *found, *rule)
+        tied_table_step_rows(items, first, second, *found[:2], *rule)
+        missed = (of(v, dtype=torch.int32), whole(rows) if everything else None, 0)
+        lrs = (of(8, dtype=torch.float64), of(9, dtype=torch.float64))
+        tied_table_step_catch_up(items, first, second, *missed, *lrs, *rule)
+
+
+def variants(arch: int) -> Iterator[Variant]:
+    """What the launchers compile on an architecture, by dtype, D and options."""
+    for label, dtype, d, everything in _tuning.cases():
+        yield from _tuning.recorded(arch, label, functools.partial(_case, dtype, d, everything))

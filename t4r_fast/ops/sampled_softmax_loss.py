@@ -128,9 +128,11 @@ def sampled_softmax_loss(
     reduction      "mean" over the rows that take part, "sum", or "none"
     seed           (2,)    int64 (key, offset); None draws it from torch's default generator
     low            int     ids below are no negatives: 1 spares padding. 0 with "popularity"
-    sparse         gradients of items (and bias) are coalesced sparse tensors of the ids that took
-                   part, else dense. Sparse ones are for leaf tensors, as in torch.nn.Embedding,
-                   and not for torch.compile; a dense one is V x D
+    sparse         gradients of items (and bias) are sparse tensors of the ids that took part, else
+                   dense. They are coalesced, but with Triton, where they have a place for every
+                   draw and target, so that the size is known without waiting for the GPU: the
+                   places left over hold the last id and zeros. Sparse ones are for leaf tensors,
+                   as in torch.nn.Embedding, and not for torch.compile; a dense one is V x D
     returns        () or, for "none", (N,) or (M,): float32 (float64 for float64), in nats
 
     A row that is skipped or ignored has loss 0 and is not counted; the mean of no rows is nan. A
@@ -322,8 +324,9 @@ class _SampledSoftmaxLoss(torch.autograd.Function):
             )
         if any(ctx.sparse_for):
             of_items, of_bias = ctx.sparse_for
-            ditems = _placed(ids, ditems, items, of_items) if needs[1] else None
-            dbias = _placed(ids, dbias, bias, of_bias) if needs[2] else None
+            once = ctx.backend != "triton"
+            ditems = _placed(ids, ditems, items, of_items, once) if needs[1] else None
+            dbias = _placed(ids, dbias, bias, of_bias, once) if needs[2] else None
         return (
             dhidden if needs[0] else None,
             ditems if needs[1] else None,
@@ -332,12 +335,15 @@ class _SampledSoftmaxLoss(torch.autograd.Function):
         )
 
 
-def _placed(ids: Tensor, values: Tensor, like: Tensor, sparse: bool) -> Tensor:
-    """A gradient of the shape of `like` with values at ids, which are ascending and different."""
+def _placed(ids: Tensor, values: Tensor, like: Tensor, sparse: bool, once: bool) -> Tensor:
+    """A gradient of the shape of `like` with values at ids, which rise.
+
+    once  all ids differ; else the last one comes again and again, with zeros
+    """
     if not sparse:
-        return torch.zeros_like(like).index_copy_(0, ids, values)
+        return torch.zeros_like(like).index_add_(0, ids, values)
     return torch.sparse_coo_tensor(
-        ids[None], values, like.shape, is_coalesced=True, check_invariants=False
+        ids[None], values, like.shape, is_coalesced=once, check_invariants=False
     )
 
 

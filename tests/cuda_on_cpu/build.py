@@ -10,10 +10,12 @@ T4R_FAST_CUDA_ON_CPU at the plain one where there is no GPU.
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,6 +31,10 @@ FLAGS = (
     *("-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"),
 )
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-sanitize=vptr")
+
+
+# Tests of the lane. Those left out call with the same sizes as others.
+LANE_TESTS = "(cuda-on-cpu or the_cuda) and not opcheck and not compiles"
 
 
 def library(kind: str, name: str = "t4r_fast_emulated") -> Path:
@@ -79,7 +85,9 @@ def run(command: list[str]) -> None:
         sys.exit(f"make cuda-on-cpu: this failed, its messages are above: {' '.join(command)}")
 
 
-def build(target: Path, sources: list[Path], sanitize: bool, jobs: int = 2) -> None:
+def build(
+    target: Path, sources: list[Path], sanitize: bool, jobs: int = 2, flags: Sequence[str] = ()
+) -> None:
     """Compile what is older than its sources and put `target` together, in one step for readers."""
     folder = target.parent
     spec = importlib.util.find_spec("torch")
@@ -87,7 +95,7 @@ def build(target: Path, sources: list[Path], sanitize: bool, jobs: int = 2) -> N
         sys.exit("make cuda-on-cpu: torch is not installed")
     torch = Path(spec.submodule_search_locations[0])
     folder.mkdir(parents=True, exist_ok=True)
-    flags = [*FLAGS, *(SANITIZE if sanitize else ()), f"-I{HERE}", "-isystem"]
+    flags = [*FLAGS, *(SANITIZE if sanitize else ()), *flags, f"-I{HERE}", "-isystem"]
     flags += [str(torch / "include"), "-x", "c++"]
     objects = {source: folder / f"{source.stem}.o" for source in sources}
     commands = [
@@ -101,6 +109,24 @@ def build(target: Path, sources: list[Path], sanitize: bool, jobs: int = 2) -> N
     link = [*map(str, objects.values()), f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
     run([CXX, "-shared", *(SANITIZE if sanitize else ()), *link, "-o", str(new)])
     new.replace(target)
+
+
+def sanitized_environment(library: Path) -> dict[str, str]:
+    """For a process of Python that runs the lane's tests on a library of kind `asan`."""
+    preload = []
+    for name in ("libasan.so", "libstdc++.so"):  # Python loads no libstdc++, ASan wants it early
+        shown = subprocess.run([CXX, f"-print-file-name={name}"], capture_output=True, text=True)
+        preload.append(os.path.realpath(shown.stdout.strip()))
+    return {
+        **os.environ,
+        "LD_PRELOAD": " ".join(preload),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "T4R_FAST_CUDA_ON_CPU": str(library),
+        "T4R_FAST_REQUIRE": "cuda-on-cpu",
+    }
 
 
 def main() -> None:

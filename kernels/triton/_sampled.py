@@ -1,0 +1,134 @@
+"""Device code that forward and backward of sampled_softmax_loss share.
+
+A candidate's logit is z = product / temperature - offset; its float64 offset holds the bias and the
+log of how often the candidate is drawn. A candidate that is the row's target is treated by HIT.
+"""
+
+from __future__ import annotations
+
+from t4r_fast.kernels import _tuning
+from t4r_fast.kernels._draws import draw_items, expected, float64_of, softplus
+
+import triton
+import triton.language as tl
+
+# What becomes of a candidate that is the row's target: nothing; weight 0; the offset of targets; a
+# constant
+HIT_STAYS, HIT_REMOVED, HIT_OFFSET, HIT_CONSTANT = range(4)
+REMOVED = tl.constexpr(HIT_REMOVED)
+OFFSET = tl.constexpr(HIT_OFFSET)
+CONSTANT = tl.constexpr(HIT_CONSTANT)
+# What an offset holds beside the bias: nothing; log of the expected count; log(1 + that count)
+PLAIN, LOGQ, LOG1P = range(3)
+_PLAIN = tl.constexpr(PLAIN)
+_LOG1P = tl.constexpr(LOG1P)
+
+
+@triton.jit
+def offsets(
+    ids,
+    inside,
+    bias_ptr,
+    cumulative_ptr,
+    V,
+    low,
+    log_size,
+    log_count,
+    log_range,
+    temperature,
+    stride_bias,
+    HAS_BIAS: tl.constexpr,
+    SAMPLER: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """float64 offsets of the logits of some items. Ids are in range, also where not inside."""
+    found = ids.to(tl.float64) * 0.0
+    if KIND != _PLAIN:
+        found = expected(
+            ids, inside, cumulative_ptr, V, low, log_size, log_count, log_range, SAMPLER
+        )
+        if KIND == _LOG1P:
+            found = softplus(found)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + ids * stride_bias, mask=inside, other=0.0)
+        if bias.dtype == tl.bfloat16:
+            bias = bias.to(tl.float32)  # the interpreter makes no other type of it
+        found = found - bias.to(tl.float64) / float64_of(temperature)
+    return found
+
+
+@_tuning.unfused
+@triton.jit
+def _candidates_kernel(
+    seed_ptr,
+    ids_ptr,
+    offset_ptr,
+    hit_offset_ptr,
+    bias_ptr,
+    cumulative_ptr,
+    total,
+    K,
+    V,
+    low,
+    log_size,
+    log_count,
+    log_range,
+    temperature,
+    steps,
+    stride_bias,
+    HAS_BIAS: tl.constexpr,
+    SAMPLER: tl.constexpr,
+    KIND: tl.constexpr,
+    HIT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Ids of all sets of K draws, and their offsets."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = at < total
+    ids = draw_items(seed_ptr, at // K, at % K, cumulative_ptr, V, low, log_size, steps, SAMPLER)
+    tl.store(ids_ptr + at, ids, mask=inside)
+    if offset_ptr is not None:
+        found = offsets(
+            ids, inside, bias_ptr, cumulative_ptr, V, low, log_size, log_count, log_range,
+            temperature, stride_bias, HAS_BIAS, SAMPLER, KIND,
+        )  # fmt: skip
+        tl.store(offset_ptr + at, found, mask=inside)
+    if HIT == OFFSET:
+        found = offsets(
+            ids, inside, bias_ptr, cumulative_ptr, V, low, log_size, log_count, log_range,
+            temperature, stride_bias, HAS_BIAS, SAMPLER, _LOG1P,
+        )  # fmt: skip
+        tl.store(hit_offset_ptr + at, found, mask=inside)
+
+
+@triton.jit
+def split_float64(x, SUM: tl.constexpr):
+    """Two numbers of type SUM whose sum is x."""
+    high = x.to(SUM)
+    rest = x - high.to(tl.float64)
+    return high, tl.where(rest == rest, rest, 0.0).to(SUM)  # infinite: no rest
+
+
+@triton.jit
+def candidate_logits(
+    product,
+    offset,
+    hit_offset,
+    hit,
+    scale,
+    hit_value,
+    SUM: tl.constexpr,
+    HIT: tl.constexpr,
+):
+    """Logits of products; offset, hit_offset and hit broadcast with them."""
+    high, low = split_float64(offset, SUM)
+    if HIT == OFFSET:
+        hit_high, hit_low = split_float64(hit_offset, SUM)
+        high = tl.where(hit, hit_high, high)
+        low = tl.where(hit, hit_low, low)
+    z = product * scale - high - low
+    if HIT == REMOVED:
+        z = tl.where(hit, -float("inf"), z)
+    if HIT == CONSTANT:
+        z = tl.where(hit, hit_value, z)
+    return z
