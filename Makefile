@@ -16,7 +16,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/
 C_FILES := '*.cpp' '*.h' '*.cu' '*.cuh'
 
 .PHONY: setup build test test-fast cuda-on-cpu mutate-cuda sanitize lint check fmt demo doctor bench bench-table bench-micro \
-        bench-t4rec gpu gpu-budget roofline clean
+        bench-t4rec gpu gpu-budget roofline nvtabular-env clean
 
 setup: $(VENV)/.installed
 
@@ -98,6 +98,19 @@ roofline: setup
 # On a machine with a GPU: build, test, time; results go to benchmarks/results. Nine minutes.
 gpu: setup
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
+
+# make nvtabular-env VENV=.venv-nvtabular PYTHON=python3.11: an environment with NVTabular 23.8 and this
+# checkout, for `t4r-fast etl --engine nvtabular`; then T4R_NVTABULAR_PYTHON=.venv-nvtabular/bin/python
+# lets tests/test_nvtabular.py use it. An old pip: newer ones refuse merlin-dataloader's metadata.
+nvtabular-env:
+	@test "$(VENV)" != .venv || { echo "error: name another folder: make nvtabular-env VENV=.venv-nvtabular"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	  { echo "error: NVTabular 23.8 needs Python 3.11 here; set PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q "pip==23.2.1" "setuptools>=77,<81" wheel
+	$(PIP) install -q --retries 1 $(addprefix --extra-index-url ,$(TORCH_INDEX)) -r requirements/nvtabular.txt "$(TORCH)"
+	$(PIP) install -q "cmake>=3.24" ninja "pybind11>=2.13"
+	T4R_FAST_CUDA=0 $(PIP) install -q --no-build-isolation -c requirements/nvtabular.txt .
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info t4r_fast/*.so

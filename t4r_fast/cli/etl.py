@@ -59,6 +59,9 @@ def etl(
     separator: Annotated[
         str | None, typer.Option(help="Of text files, 'tab' for a tab. Default: as the header.")
     ] = None,
+    engine: Annotated[
+        str, typer.Option(help="polars; or nvtabular, in an environment with NVTabular 23.8.")
+    ] = "polars",
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
@@ -88,6 +91,7 @@ def etl(
             separator="\t" if separator in ("tab", "\\t") else separator,
             overwrite=overwrite,
             progress=_Steps(progress),
+            engine=engine,
         )
     _show(summary)
 

@@ -11,9 +11,9 @@ from t4r_fast.etl.times import DAY
 OUT_OF_VOCABULARY, NULL, PAD, FIRST_ID = 2, 1, 0, 3
 
 # Added to the day before the angle, as the tutorial does, so that the files agree.
-_DAY_OFFSET = 1e-6
+DAY_OFFSET = 1e-6
 # Keeps the relative price finite in a category of free items; the tutorial's value.
-_PRICE_OFFSET = 1e-5
+PRICE_OFFSET = 1e-5
 
 
 def sort_and_drop_repeats(events: pl.DataFrame) -> pl.DataFrame:
@@ -56,13 +56,13 @@ def lookup(ids: pl.Series, vocabulary: pl.DataFrame, column: str) -> pl.Series:
 def weekday_cycle(time: pl.Series) -> tuple[pl.Series, pl.Series]:
     """Sine and cosine of the day of the week in UTC, Monday 1 to Sunday 7, one turn a week."""
     day = pl.from_epoch(time, time_unit="us").dt.weekday().cast(pl.Float64)
-    angle = (day + _DAY_OFFSET) * (2 * math.pi / 7)
+    angle = (day + DAY_OFFSET) * (2 * math.pi / 7)
     return angle.sin(), angle.cos()
 
 
 def relative_price(price: pl.Series, average: pl.Series) -> pl.Series:
     """(price - average) / (average + 1e-5), 0 where the price is missing."""
-    return ((price - average) / (average + _PRICE_OFFSET)).fill_null(0.0)
+    return ((price - average) / (average + PRICE_OFFSET)).fill_null(0.0)
 
 
 def to_sessions(

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from t4r_fast.errors import InputError
+from t4r_fast.etl import nvtabular_engine
 from t4r_fast.etl.events import EventSource, open_events
 from t4r_fast.etl.features import sort_and_drop_repeats
 from t4r_fast.etl.files import Inputs
@@ -33,6 +34,7 @@ BUCKET_EVENTS = 2_000_000
 # Sessions of windows that are read together when the windows are written.
 WINDOW_SESSIONS = 500_000
 MAX_WINDOWS = 100_000
+ENGINES = ("polars", "nvtabular")
 ROW_GROUP_SESSIONS = 65_536
 
 
@@ -94,6 +96,7 @@ def run(
     separator: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    engine: str = "polars",
 ) -> Summary:
     """Turn events into OUT/sessions_by_day/<window>/{train,valid,test}.parquet and a workflow.
 
@@ -110,6 +113,8 @@ def run(
     separator    of text files; default: the most frequent of tab , ; | in the header
     overwrite    replace an earlier output of this function
     progress     called as progress(step, done, total) now and then
+    engine       "polars", or "nvtabular" where NVTabular 23.8 is installed: its operators make the
+                 same files, and OUT/nvtabular_workflow
     returns      Summary, also in OUT/summary.json
 
     OUT appears only when everything is written. Numbers of windows count from the window of the
@@ -119,6 +124,10 @@ def run(
     began = time.perf_counter()
     rules = SessionRules(min_length, max_length, keep, suffix)
     duration = parse_window(window)
+    if engine not in ENGINES:
+        raise InputError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
+    if engine == "nvtabular":
+        nvtabular_engine.check_installed()
     if seed < 0:
         raise InputError(f"seed must not be below 0; got {seed}")
     source = open_events(inputs, map, event_types=event_types, text=text, separator=separator)
@@ -126,7 +135,8 @@ def run(
     report = progress or (lambda step, done, total: None)
     with appear_whole(out, overwrite) as (result, spill):
         summary = Summary(str(out), window=window, seed=seed, columns=source.roles.columns)
-        work = _Run(source, rules, duration, seed, result, spill, summary, report)
+        kind = _NVTabularRun if engine == "nvtabular" else _Run
+        work = kind(source, rules, duration, seed, result, spill, summary, report)
         work.read()
         work.clean()
         workflow = work.fit()
@@ -192,10 +202,13 @@ class _Run:
         for events in self.buckets.take():
             clean = sort_and_drop_repeats(events)
             self.summary.events_repeated += events.height - clean.height
-            self.fitter.add(clean)
+            self.count(clean)
             self.clean_files.append(folder / f"{len(self.clean_files):05d}.parquet")
             clean.write_parquet(self.clean_files[-1], compression="lz4")
             self.report("drop repeats, count items", len(self.clean_files), total)
+
+    def count(self, clean: pl.DataFrame) -> None:
+        self.fitter.add(clean)
 
     def fit(self) -> Workflow:
         """Vocabularies, then the statistics that need the first day of every item."""
@@ -203,9 +216,11 @@ class _Run:
         for at, path in enumerate(self.clean_files, 1):
             self.fitter.add_recency(pl.read_parquet(path, columns=["item", "time"]))
             self.report("fit recency", at, len(self.clean_files))
-        workflow = self.fitter.workflow(self.rules)
+        return self.counted(self.fitter.workflow(self.rules), self.fitter.nulls["item"])
+
+    def counted(self, workflow: Workflow, without_item: int) -> Workflow:
         self.summary.items = workflow.vocabularies["item"].height
-        self.summary.events_without_item = self.fitter.nulls["item"]
+        self.summary.events_without_item = without_item
         for role, name in (("category", "categories"), ("brand", "brands")):
             if role in workflow.vocabularies:
                 setattr(self.summary, name, workflow.vocabularies[role].height)
@@ -220,7 +235,7 @@ class _Run:
         for at, path in enumerate(self.clean_files, 1):
             clean = pl.read_parquet(path)
             path.unlink()
-            sessions = workflow.sessions(clean).with_columns(
+            sessions = self.sessions(workflow, clean).with_columns(
                 (pl.col("session_start") // self.duration).alias("window")
             )
             self._count(clean, sessions)
@@ -238,6 +253,9 @@ class _Run:
         for done, (number, sessions) in enumerate(_windows(files, counts), 1):
             self._write_window(number, first, workflow.output(sessions))
             self.report("write windows", done, len(counts))
+
+    def sessions(self, workflow: Workflow, clean: pl.DataFrame) -> pl.DataFrame:
+        return workflow.sessions(clean)
 
     def _count(self, clean: pl.DataFrame, sessions: pl.DataFrame) -> None:
         s, length = self.summary, sessions["length"]
@@ -274,6 +292,25 @@ class _Run:
         start = pl.from_epoch(pl.Series([number * self.duration]), time_unit="us")[0]
         sizes = {name: len(rows) for name, rows in parts.items()}
         self.summary.windows.append(Window(at, start.isoformat() + "Z", **sizes))
+
+
+class _NVTabularRun(_Run):
+    """The same run with statistics and sessions by NVTabular."""
+
+    def count(self, clean: pl.DataFrame) -> None:
+        pass  # NVTabular counts when it fits
+
+    def fit(self) -> Workflow:
+        scratch = self.spill / "nvtabular"
+        self.engine = nvtabular_engine.Engine(self.source.roles, self.rules, scratch)
+        self.report("fit", 0, 1)
+        workflow = self.engine.fit(self.clean_files)
+        self.engine.save(self.result / nvtabular_engine.SAVED)
+        self.report("fit", 1, 1)
+        return self.counted(workflow, self.engine.nulls["item"])
+
+    def sessions(self, workflow: Workflow, clean: pl.DataFrame) -> pl.DataFrame:
+        return self.engine.sessions(clean)
 
 
 def split(count: int, seed: int, window: int) -> dict[str, np.ndarray]:

@@ -186,7 +186,11 @@ class Trainer(Checkpoints, transformers.Trainer):
                 f"Trainer: there are no {kind} data; set trainer.{kind}_dataset_or_path to parquet"
                 f" files, or trainer.{kind}_dataloader"
             )
-        if isinstance(data, DataLoader) or hasattr(data, "_batch_size"):
+        if (
+            isinstance(data, DataLoader)
+            or hasattr(data, "_batch_size")
+            or hasattr(data, "batch_size")
+        ):
             return data
         if self.schema is None:
             raise InputError("Trainer: give a schema; it says which columns to read from the files")
@@ -571,7 +575,11 @@ def _flat(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _rows(batch: Any) -> int:
-    return len(next(iter(inputs_and_targets(batch)[0].values())))
+    features = inputs_and_targets(batch)[0]
+    for name, column in features.items():
+        if name.endswith("__offsets"):
+            return len(column) - 1
+    return len(next(iter(features.values())))
 
 
 def _batch_size(loader: Any) -> int:
