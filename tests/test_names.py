@@ -76,6 +76,22 @@ def test_what_is_not_yet_there_is_left_out_whole(row):
     assert not hasattr(owner, last)
 
 
+def test_training_arguments_take_every_field_of_the_reference_at_its_default(recwarn):
+    module = names.RECORDED["modules"]["transformers4rec.config.trainer"]
+    fields = module["T4RecTrainingArguments"]["arguments"]
+    assert len(fields) > 110
+    plain = {n: v for n, v in fields.items() if not isinstance(v, dict) and n != "output_dir"}
+    # what transformers 4 chose for them is gone
+    for gone in ("optim", "save_safetensors", "gradient_checkpointing"):
+        tr.T4RecTrainingArguments(output_dir="x", **{gone: plain.pop(gone)})
+    recwarn.clear()
+    arguments = tr.T4RecTrainingArguments(output_dir="x", **plain)
+    assert [str(w.message) for w in recwarn] == []
+    of_reference = ("shuffle_buffer_size", "eval_steps_on_train_set", "predict_top_k")
+    for name in (*of_reference, "compute_metrics_each_n_steps", "log_predictions"):
+        assert getattr(arguments, name) == plain[name]
+
+
 def test_modules_give_names_that_stand_elsewhere():
     from t4r_fast.torch.features import embedding
     from t4r_fast.torch.ranking_metric import ranking_metrics_registry

@@ -19,7 +19,8 @@ HERE = Path(__file__).parent / "parity"
 sys.path.insert(0, str(HERE))
 import tasks  # noqa: E402  # shared with the recording side
 
-RECORDED = json.loads((HERE / "tasks.json").read_text())["models"]
+ALL = json.loads((HERE / "tasks.json").read_text())
+RECORDED = ALL["models"]
 
 
 def schema(names):
@@ -51,3 +52,14 @@ def test_tasks(name, monkeypatch):
     assert found["training_losses"][0] == pytest.approx(recorded["training_losses"][0], rel=1e-5)
     # twenty AdamW steps later
     assert found["training_losses"] == pytest.approx(recorded["training_losses"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", tasks.SAMPLED)
+def test_sampled_softmax_draws_as_theirs_does(name, monkeypatch):
+    """Other random numbers, the same distribution: the mean loss over many draws."""
+    for module in ("block.transformer", "model.prediction_task"):
+        monkeypatch.setattr(f"t4r_fast.torch.{module}.warn_once", lambda *_: None)
+    found = tasks.measure_sampled(tasks.sampled(tr, schema, tasks.SAMPLED[name]), 1000)
+    recorded = ALL["sampled"][name]
+    error = (found["error"] ** 2 + recorded["error"] ** 2) ** 0.5
+    assert abs(found["mean"] - recorded["mean"]) < 4 * error, (found, recorded)

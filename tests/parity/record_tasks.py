@@ -33,7 +33,12 @@ def schema(names: list[str]) -> Schema:
 
 def main() -> None:
     models = {name: tasks.measure(tasks.model(tr, schema, name)) for name in tasks.MODELS}
-    found = {"transformers4rec": transformers4rec.__version__, "models": models}
+    sampled = {
+        name: tasks.measure_sampled(tasks.sampled(tr, schema, negatives), 3000)
+        for name, negatives in tasks.SAMPLED.items()
+    }
+    version = transformers4rec.__version__
+    found = {"transformers4rec": version, "models": models, "sampled": sampled}
     path = Path(__file__).with_name("tasks.json")
     path.write_text(json.dumps(record_surface.rounded(found), separators=(",", ":")) + "\n")
     print(f"{path}: {path.stat().st_size} bytes")

@@ -94,6 +94,34 @@ MODELS: dict[str, Callable] = {
 }
 
 
+SAMPLED = {"few": 3}
+
+
+def sampled(tr, schema, negatives: int):
+    """A model with sampled softmax whose losses differ much from draw to draw."""
+    make = _one(
+        lambda tr: tr.NextItemPredictionTask(
+            weight_tying=True,
+            sampled_softmax=True,
+            max_n_samples=negatives,
+            softmax_temperature=0.05,
+        ),
+        "clm",
+    )
+    return make(tr, schema)
+
+
+def measure_sampled(module: torch.nn.Module, draws: int) -> dict:
+    """The mean training loss over many draws, and the standard error of that mean."""
+    surface.set_weights(module)
+    module.eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        losses = [module(surface.batch(COLUMNS), training=True)["loss"] for _ in range(draws)]
+    losses = torch.stack(losses).double()
+    return {"mean": float(losses.mean()), "error": float(losses.std()) / draws**0.5}
+
+
 def model(tr, schema, name: str):
     return MODELS[name](tr, schema)
 

@@ -101,7 +101,7 @@ class NextItemPredictionTask(PredictionTask):
     per place where a target may stand, padding where none does; predictions are LazyLogits: nothing
     N x V is formed until somebody asks. Inference returns the scores (B, V), or (scores, ids) with
     `top_k`. Without these options padding, nulls and unknown items take part in all, as in the
-    reference; "log_uniform" and "uniform" never draw padding.
+    reference; samplers never draw padding.
     Replaces transformers4rec.torch.NextItemPredictionTask.
     """
 
@@ -298,7 +298,7 @@ class NextItemPredictionTask(PredictionTask):
             temperature=self.softmax_temperature,
             ignore_index=self.padding_idx,
             reduction=self.loss.reduction,
-            low=0 if self.sampler == "t4rec" else self.padding_idx + 1,
+            low=self.padding_idx + 1,
             sparse=self.sparse,
         )
 
