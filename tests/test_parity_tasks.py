@@ -63,3 +63,6 @@ def test_sampled_softmax_draws_as_theirs_does(name, monkeypatch):
     recorded = ALL["sampled"][name]
     error = (found["error"] ** 2 + recorded["error"] ** 2) ** 0.5
     assert abs(found["mean"] - recorded["mean"]) < 4 * error, (found, recorded)
+    assert found["keys"] == recorded["keys"]
+    for key, table in recorded["tables"].items():
+        assert found["tables"][key] == pytest.approx(table, rel=1e-5)

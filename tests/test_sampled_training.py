@@ -10,6 +10,7 @@ from harness import LargestTensor
 from transformers import TrainerCallback
 
 import t4r_fast.torch as tr
+from t4r_fast import compat
 from t4r_fast.compat import compat_level
 from t4r_fast.config.trainer import T4RecTrainingArguments
 from t4r_fast.errors import InputError
@@ -184,3 +185,66 @@ def test_sparse_gradients_in_the_trainer(tmp_path):
         else:
             with pytest.raises(InputError, match=message):
                 trainer.train()
+
+
+# -- the reference's sampler -----------------------------------------------------------------------
+
+
+def test_checkpoints_have_the_samplers_tables_and_the_model_has_none(tmp_path):
+    schema = cells.schema(50, 10, 10).select_by_name([cells.ITEM])
+    inputs = tr.TabularSequenceFeatures.from_schema(schema, masking="clm")
+    task = tr.NextItemPredictionTask(
+        weight_tying=True, sampled_softmax=True, max_n_samples=5, sampler="log_uniform"
+    )
+    one = task.to_model(tr.SequentialBlock(inputs, tr.MLPBlock([64])))
+    state = one.state_dict()
+    tables = {k: v for k, v in state.items() if ".sampler." in k}
+    assert [tuple(v.shape) for v in tables.values()] == [(50,), (50,)]
+    assert not [name for name, _ in one.named_buffers() if "sampler" in name]
+    one.load_state_dict(state)
+    one.load_state_dict({k: v for k, v in state.items() if k not in tables})
+    one.save(tmp_path)
+    again = tr.load_model(tmp_path).state_dict()
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[k], v) for k, v in state.items())
+
+
+@pytest.mark.parametrize(("unique", "keep"), [(True, True), (True, False), (False, None)])
+def test_the_sampler_gives_ids_and_their_chances(unique, keep):
+    from t4r_fast.torch.model.prediction_task import LogUniformSampler
+
+    torch.manual_seed(0)
+    sampler = LogUniformSampler(4, 30, 1, unique_sampling=unique, keep_lowest=keep)
+    labels = torch.tensor([1, 29])
+    seen = torch.zeros(30)
+    for _ in range(3000):
+        ids, of_labels, of_ids = sampler(labels)
+        assert len(ids) == len(of_ids) <= 4
+        seen.index_add_(0, ids, torch.ones(len(ids)))
+    assert seen[0] == 0
+    if unique:
+        assert len(set(ids.tolist())) == len(ids)
+    if keep is False:
+        assert len(ids) == 4
+        assert 0.02 < seen[29] / 3000 < 0.3
+    elif unique:
+        # the bug: of 8 draws the lowest stay, and a rare id hardly ever
+        assert seen[29] / 3000 < 0.5 * sampler.unique_sampling_dist[29]
+        assert torch.equal(of_labels, sampler.unique_sampling_dist[labels])
+    else:
+        expected = sampler.dist * 4 * 3000
+        assert (seen - expected).abs().max() < 5 * expected.max().sqrt()
+    assert ((of_ids > 0) & (of_ids <= 1)).all()
+
+
+def test_the_sampler_says_what_it_does_and_what_it_needs(monkeypatch):
+    from t4r_fast.torch.model.prediction_task import LogUniformSampler
+
+    monkeypatch.setattr(compat, "_warned", set())
+    with pytest.warns(compat.CompatWarning, match="keep_lowest=False"):
+        LogUniformSampler(4, 30)
+    for arguments in ((0, 30), (4, 0), (4, 3, 3)):
+        with pytest.raises(ValueError, match="max_n_samples must be >= 1"):
+            LogUniformSampler(*arguments)
+    with pytest.raises(ValueError, match="labels must be int64"):
+        LogUniformSampler(4, 30)(torch.zeros(2))

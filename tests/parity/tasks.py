@@ -119,7 +119,13 @@ def measure_sampled(module: torch.nn.Module, draws: int) -> dict:
     with torch.no_grad():
         losses = [module(surface.batch(COLUMNS), training=True)["loss"] for _ in range(draws)]
     losses = torch.stack(losses).double()
-    return {"mean": float(losses.mean()), "error": float(losses.std()) / draws**0.5}
+    state = {n: v for n, v in module.state_dict().items() if "sampler" in n}
+    return {
+        "keys": sorted(n for n in module.state_dict() if "next-item" in n),
+        "tables": {n: surface.some(table) for n, table in state.items()},
+        "mean": float(losses.mean()),
+        "error": float(losses.std()) / draws**0.5,
+    }
 
 
 def model(tr, schema, name: str):

@@ -17,6 +17,7 @@ from t4r_fast.ops.tied_softmax_loss import tied_softmax_loss
 from t4r_fast.torch.block.base import BuildableBlock, takes_mode
 from t4r_fast.torch.block.mlp import MLPBlock
 from t4r_fast.torch.model.lazy_logits import LazyLogits
+from t4r_fast.torch.model.sampler import LogUniformSampler, keep_tables_in_checkpoints
 from t4r_fast.torch.model.session_task import (
     BinaryClassificationPrepareBlock,
     BinaryClassificationTask,
@@ -29,6 +30,7 @@ from t4r_fast.torch.ranking_metric import AvgPrecisionAt, NDCGAt, RankingMetric,
 __all__ = [
     "BinaryClassificationPrepareBlock",
     "BinaryClassificationTask",
+    "LogUniformSampler",
     "NextItemPredictionTask",
     "RegressionPrepareBlock",
     "RegressionTask",
@@ -226,6 +228,8 @@ class NextItemPredictionTask(PredictionTask):
             tied.sparse = True  # of the two gradients of the table neither may be dense
         self.target_dim = rows
         self.pre = _Scorer(_ItemScores(tied, rows, width, bias=old))
+        if self.sampler is not None:
+            keep_tables_in_checkpoints(self.pre.module, self.max_n_samples, self.padding_idx + 1)
         if not self.score_padding:
             bias = torch.zeros(rows)
             bias[self.padding_idx] = -torch.inf
