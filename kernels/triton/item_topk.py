@@ -276,7 +276,8 @@ def _item_topk_merge_kernel(
 # Entries of a list on a GPU: with 64 to come in a tile, the k <= 128 best see 64 to 176 newcomers
 # before they are sorted again.
 _CAPACITY = 256
-_WARPS = 8  # with 4, one tile's scores, keys and places fill the registers
+_WIDE_ROWS = 64
+_WARPS = 8  # of 64 rows: with 4, one tile's scores, keys and places fill the registers
 _CUT_ROWS = 8  # whose lists are sorted at once: 2,048 keys, 16 registers of each thread
 _PROGRAMS = 2  # per processor; each has a list of 2 KiB per row
 _MERGE = config(1, 1, BLOCK_N=1)
@@ -306,7 +307,9 @@ def item_topk_fwd(
     entries, interpreted = problem.entries, _tuning.interpreted()
     chosen = problem.config()
     if not interpreted:
-        chosen = chosen._replace(num_warps=_WARPS)
+        narrow = chosen["BLOCK_N"] < _WIDE_ROWS
+        stages = 1 if narrow else chosen.num_stages  # 2 spill on sm_80
+        chosen = chosen._replace(num_warps=_WARPS // (2 if narrow else 1), num_stages=stages)
     grid, tiles = problem.grid(chosen, _PROGRAMS)
     bucket = max(16, triton.next_power_of_2(k))
     capacity = triton.next_power_of_2(bucket + chosen["BLOCK_V"]) if interpreted else _CAPACITY
