@@ -86,7 +86,7 @@ def test_every_input_block_comes_back(name):
 def test_the_tutorials_models_come_back_at_their_level(kind, level, tmp_path):
     with compat_level(level):
         model = cells.gru(SCHEMA) if kind == "gru" else cells.xlnet(SCHEMA, side=True)
-        model.save(tmp_path)
+    model.save(tmp_path)
     loaded = tr.load_model(tmp_path)
     assert get_compat() == "23.12"
     inputs = batch()

@@ -72,7 +72,7 @@ class Model(nn.Module):
         self.name = name
         self.max_sequence_length = max_sequence_length
         self.top_k = top_k
-        self._keep_newest = get_compat() != "0.1"
+        self._level = get_compat()  # that of its parts, which were built just before
 
     def forward(
         self,
@@ -81,7 +81,7 @@ class Model(nn.Module):
         training: bool = False,
         testing: bool = False,
     ) -> Any:
-        padded = pad_inputs(inputs, self.max_sequence_length, self._keep_newest)
+        padded = pad_inputs(inputs, self.max_sequence_length, self._level != "0.1")
         inputs = {
             name: column.float() if column.is_floating_point() else column
             for name, column in padded.items()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_model as load_into
 from safetensors.torch import save_model as save_from
 
-from t4r_fast.compat import compat_level, get_compat
+from t4r_fast.compat import compat_level
 from t4r_fast.errors import InputError
 from t4r_fast.ops._table import up_to_date
 from t4r_fast.torch import architecture
@@ -32,7 +32,8 @@ DEFAULT_NAME = "t4rec_model_class"
 def save(model: Model, folder: str | os.PathLike[str], name: str) -> None:
     """See Model.save."""
     description = architecture.describe(model)
-    architecture.check(model, description)
+    with compat_level(model._level):
+        architecture.check(model, description)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / f"{name}.safetensors"
@@ -45,7 +46,7 @@ def save(model: Model, folder: str | os.PathLike[str], name: str) -> None:
         {
             "format": FORMAT,
             "t4r_fast": __version__,
-            "compat": get_compat(),
+            "compat": model._level,
             "architecture": description,
             "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
             "input_schema": None if inputs is None else inputs.to_proto_text(),
