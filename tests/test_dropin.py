@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import types
+import warnings
 
 import pytest
 
@@ -267,3 +268,11 @@ def test_the_printing_examples(tmp_path, capsys):
         "- Top-2 predictions for session `7`: 1 || 2\n\n"
         "- Top-2 predictions for session `5`: 2 || 0\n\n"
     )
+
+
+def test_a_folder_of_that_name_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "transformers4rec").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "transformers4rec" in install()

@@ -138,7 +138,9 @@ def answered() -> tuple[str, ...]:
 def _installed(root: str) -> bool:
     if root in sys.modules:
         return sys.modules[root] is not None
-    return importlib.util.find_spec(root) is not None
+    found = importlib.util.find_spec(root)
+    # a folder of that name without an __init__.py is no package of anybody's
+    return found is not None and found.origin is not None
 
 
 def _refuse_imported(roots: tuple[str, ...]) -> None:
