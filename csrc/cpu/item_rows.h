@@ -209,16 +209,20 @@ inline int64_t rows_per_chunk(int64_t rows, int64_t bytes_per_row, int64_t unit)
                   std::max(unit, kWorkspaceBytes / bytes_per_row / unit * unit));
 }
 
+enum class RowsLie { kInChunks, kWhole };  // PackedRows::chunk
+
 template <typename T>
 struct Packed {
   // lanes is the vector of the kernels in elements
-  Packed(int64_t count, int64_t width, int64_t lanes)
+  Packed(int64_t count, int64_t width, int64_t lanes, RowsLie lie = RowsLie::kInChunks)
       : lane_rows(round_up(count, lanes)),
+        padded(round_up(width, lanes)),
         panels(lane_rows * width),
-        rows(count * round_up(width, lanes)),
-        view{count, width, round_up(width, lanes), panels.data(), rows.data()} {}
+        rows(count * padded),
+        view{count,         width,      padded, lie == RowsLie::kWhole ? padded : kChunk<T>,
+             panels.data(), rows.data()} {}
 
-  int64_t lane_rows;
+  int64_t lane_rows, padded;
   Buffer<T> panels, rows;
   PackedRows<T> view;
 };

@@ -21,16 +21,27 @@ using t4r_fast::kTile;
 using t4r_fast::PackedRows;
 
 template <typename T>
+constexpr T kLowest = sizeof(T) == 4 ? static_cast<T>(-__FLT_MAX__) : static_cast<T>(-__DBL_MAX__);
+
+// Sums of exp(z - top) move to a new top only where a score exceeds the old one by this much: e^8
+// is far from overflow, and nearly all tiles go without.
+constexpr int kSlack = 8;
+
+template <typename T>
 inline bool is_type(Dtype dtype) {
   return dtype == (sizeof(T) == 4 ? Dtype::kFloat32 : Dtype::kFloat64);
 }
 
 // ---- packing
 
-// Element (row, column) of a matrix of `rows` rows in chunks of columns.
+// The columns of the chunk that begins at `column`.
+ALWAYS_INLINE int64_t chunk_width(int64_t chunk, int64_t padded, int64_t column) {
+  return padded - column < chunk ? padded - column : chunk;
+}
+
 template <typename T>
 ALWAYS_INLINE int64_t chunk_width(int64_t padded, int64_t column) {
-  return padded - column < kChunk<T> ? padded - column : kChunk<T>;
+  return chunk_width(kChunk<T>, padded, column);
 }
 
 template <class X>
@@ -38,8 +49,8 @@ void pack_rows(const Matrix& from, const int64_t* source, const PackedRows<typen
   using T = typename X::T;
   constexpr int kGroup = X::kWide * X::L;
   for (int64_t i = 0; i < to.count; ++i) {
-    for (int64_t column = 0; column < to.padded; column += kChunk<T>) {
-      const int64_t chunk = chunk_width<T>(to.padded, column);
+    for (int64_t column = 0; column < to.padded; column += to.chunk) {
+      const int64_t chunk = chunk_width(to.chunk, to.padded, column);
       const int64_t real = to.width - column < chunk ? to.width - column : chunk;
       T* row = to.rows + column * to.count + i * chunk;
       convert(from, source[i] * from.stride + column, real, row);
@@ -53,8 +64,8 @@ void pack_rows(const Matrix& from, const int64_t* source, const PackedRows<typen
     group = left < kGroup ? left : kGroup;
     T* out = to.panels + start * to.width;
     for (int64_t k = 0; k < to.width; ++k) {
-      const int64_t column = k / kChunk<T> * kChunk<T>;
-      const int64_t chunk = chunk_width<T>(to.padded, column);
+      const int64_t column = k / to.chunk * to.chunk;
+      const int64_t chunk = chunk_width(to.chunk, to.padded, column);
       const T* in = to.rows + column * to.count + start * chunk + (k - column);
       for (int64_t r = 0; r < group; ++r) {
         out[k * group + r] = start + r < to.count ? in[r * chunk] : 0;
@@ -232,36 +243,54 @@ void score_groups(const Tile<typename X::T>& tile, int64_t width, const typename
 }
 
 // Scores of the N rows from `first` on, scores[r * row_apart + v * item_apart]: vectors along k and
-// a sum across.
+// one tree of sums across for L of them. Items are read, and scores written, up to the next R.
 template <class X, int N>
 void score_few(const Tile<typename X::T>& tile, const PackedRows<typename X::T>& rows,
                int64_t first, typename X::T* scores, int64_t row_apart, int64_t item_apart) {
   using T = typename X::T;
   using V = typename X::V;
-  for (int v = 0; v < tile.count; ++v) {
-    const T* item = tile.items + v * tile.stride;
-    if (first == 0) prefetch_items(tile, v, 1);
-    V acc[N];
-#pragma GCC unroll 4
-    for (int r = 0; r < N; ++r) acc[r] = X::zero();
-    for (int64_t column = 0; column < rows.padded; column += kChunk<T>) {
-      const int64_t chunk = chunk_width<T>(rows.padded, column);
+  constexpr int R = X::L > N ? X::L / N : 1;  // items at once
+  constexpr int kSums = R * N / X::L;
+  const int64_t stride = tile.stride, stride3 = 3 * stride;
+  for (int v = 0; v < tile.count; v += R) {
+    if (first == 0) prefetch_items(tile, v, R);
+    V acc[R * N];
+#pragma GCC unroll 16
+    for (int i = 0; i < R * N; ++i) acc[i] = X::zero();
+    for (int64_t column = 0; column < rows.padded; column += rows.chunk) {
+      const int64_t chunk = chunk_width(rows.chunk, rows.padded, column);
       const T* in = rows.rows + column * rows.count + first * chunk;
-      for (int64_t k = 0; k < chunk; k += X::L) {
-        const V x = X::load(item + column + k);
+      const T* at[(R + 3) / 4];
 #pragma GCC unroll 4
-        for (int r = 0; r < N; ++r) {
-          acc[r] = X::fma(x, X::load(in + r * chunk + k), acc[r]);
+      for (int q = 0; q < (R + 3) / 4; ++q) at[q] = tile.items + (v + 4 * q) * stride + column;
+      for (int64_t k = 0; k < chunk; k += X::L) {
+        V y[N];
+#pragma GCC unroll 4
+        for (int r = 0; r < N; ++r) y[r] = X::load(in + r * chunk + k);
+#pragma GCC unroll 16
+        for (int i = 0; i < R; ++i) {
+          const int64_t apart = i % 4 == 3 ? stride3 : i % 4 * stride;
+          const V x = X::load(at[i / 4] + apart + k);
+#pragma GCC unroll 4
+          for (int r = 0; r < N; ++r) acc[r * R + i] = X::fma(x, y[r], acc[r * R + i]);
         }
       }
     }
-    const T bias = tile.bias ? tile.bias[v] : 0;
+    T sums[R * N];
 #pragma GCC unroll 4
-    for (int r = 0; r < N; ++r) scores[r * row_apart + v * item_apart] = bias + X::sum(acc[r]);
+    for (int i = 0; i < kSums; ++i) X::store(sums + i * X::L, X::sums(acc + i * X::L));
+#pragma GCC unroll 4
+    for (int r = 0; r < N; ++r) {
+      T* out = scores + r * row_apart + v * item_apart;
+#pragma GCC unroll 16
+      for (int i = 0; i < R; ++i) {
+        out[i * item_apart] = tile.bias ? tile.bias[v + i] + sums[r * R + i] : sums[r * R + i];
+      }
+    }
   }
 }
 
-// Up to kFewRows go that way, as vectors of rows would be nearly empty.
+// Up to kFewRows go that way.
 template <class X>
 void score_few_rows(const Tile<typename X::T>& tile, const PackedRows<typename X::T>& rows,
                     typename X::T* scores, int64_t row_apart, int64_t item_apart) {
@@ -287,7 +316,7 @@ int vectors_of_panel(int64_t rows, int64_t start, int lanes) {
 template <class X>
 void score_panel(const Tile<typename X::T>& tile, const PackedRows<typename X::T>& rows,
                  int64_t start, int vectors, typename X::T* scores, int64_t scores_stride) {
-  if (rows.count <= kFewRows) {
+  if (rows.count <= kFewRows<X::L>) {
     for (int v = 0; v < tile.count; ++v) {  // lanes without a row
       for (int64_t r = 0; r < rows.count; r += X::L) {
         X::store(scores + v * scores_stride + r, X::zero());
@@ -366,9 +395,15 @@ void add_product_columns(int64_t rows, int64_t depth, const typename X::T* a, in
     add_product_group<X, 6, C, kAdd>(depth, a + r * a_row, a_row, a_k, b, b_k, out + r * out_row,
                                      out_row);
   }
-  for (; r + 2 <= rows; r += 2) {
+  if (r + 4 <= rows) {
+    add_product_group<X, 4, C, kAdd>(depth, a + r * a_row, a_row, a_k, b, b_k, out + r * out_row,
+                                     out_row);
+    r += 4;
+  }
+  if (r + 2 <= rows) {
     add_product_group<X, 2, C, kAdd>(depth, a + r * a_row, a_row, a_k, b, b_k, out + r * out_row,
                                      out_row);
+    r += 2;
   }
   if (r < rows) {
     add_product_group<X, 1, C, kAdd>(depth, a + r * a_row, a_row, a_k, b, b_k, out + r * out_row,

@@ -28,13 +28,13 @@ void Forward<T>::group(const Range& range, bool parallel) const {
   const auto panels = [&](int64_t panel, int64_t stop) {
     const Buffer<T> scratch(sampled_scratch<T>(padded)), target(p.width());
     kernels<T>().forward(a, panel, stop, scratch.data());
-    const int64_t end = std::min(stop * kRowPanel<T>, g.count);
-    for (int64_t i = panel * kRowPanel<T>; i < end; ++i) {
+    const int64_t end = std::min(stop * kPanel<T>, g.count);
+    for (int64_t i = panel * kPanel<T>; i < end; ++i) {
       finish(g.first + i, top[i], total[i], unit ? mean.data() + i * padded : nullptr,
              g.packed.view.rows + i * padded, target.data());
     }
   };
-  const int64_t count = (g.count + kRowPanel<T> - 1) / kRowPanel<T>;
+  const int64_t count = (g.count + kPanel<T> - 1) / kPanel<T>;
   if (parallel) {
     torch::stable::parallel_for(0, count, 1, panels);
   } else {

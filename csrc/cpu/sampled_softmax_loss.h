@@ -5,25 +5,7 @@
 
 namespace t4r_fast {
 
-// A panel is 192 bytes wide, 48 float rows: 3 vectors of AVX-512, 6 of AVX2. A tile of 96
-// candidates of width 64 (24 kB) and its scores for a panel (18 kB) stay in the second-level cache.
-template <typename T>
-constexpr int kRowPanel = 192 / sizeof(T);
-constexpr int kTileItems = 96;
-// Rows between two visits of a tile's gradient.
-template <typename T>
-constexpr int kRowBlock = 4 * kRowPanel<T>;
-
-// Rows that take part, converted to the type of the sums, twice. `panels`: kRowPanel rows each,
-// [k][row], so that a vector holds one element of several rows and sums over candidates need no
-// horizontal additions. `rows` is [row][padded]: whole vectors, zeros past `width`.
-template <typename T>
-struct LaneRows {
-  int64_t count, width, padded;
-  T *panels, *rows;
-};
-
-// Items scored against rows, gathered: (count rounded up to kTileItems, padded), zeros past the
+// Items scored against rows, gathered: (count rounded up to kTile, padded), zeros past the
 // width and past count.
 template <typename T>
 struct Candidates {
@@ -43,7 +25,7 @@ struct Hits {
 
 template <typename T>
 struct SampledForward {
-  LaneRows<T> rows;
+  PackedRows<T> rows;
   Candidates<T> candidates;
   Hits<T> hits;
   T inverse_temperature;
@@ -55,7 +37,7 @@ struct SampledForward {
 
 template <typename T>
 struct SampledBackward {
-  LaneRows<T> rows;
+  PackedRows<T> rows;
   Candidates<T> candidates;
   Hits<T> hits;
   T inverse_temperature;
@@ -74,7 +56,7 @@ struct RowForward {
   const T *hidden, *items, *shift;
   int64_t count, padded;
   T inverse_temperature;
-  T* z;  // kTileItems entries; in: added to the logit, -inf takes a candidate out; out: weights
+  T* z;  // kTile entries; in: added to the logit, -inf takes a candidate out; out: weights
   T* top;
   double* total;
   T *mean, *spare;  // (padded) or null; (padded)
@@ -97,7 +79,7 @@ struct RowBackward {
 template <typename T>
 struct SampledKernels {
   int lanes;
-  void (*pack)(const Matrix&, const int64_t* source, const LaneRows<T>&);
+  void (*pack)(const Matrix&, const int64_t* source, const PackedRows<T>&);
   void (*gather)(const Matrix&, const int64_t* ids, int64_t count, int64_t width, int64_t padded,
                  T* out);
   void (*forward)(const SampledForward<T>&, int64_t first, int64_t stop, T* scratch);
@@ -108,7 +90,7 @@ struct SampledKernels {
 
 template <typename T>
 constexpr int64_t sampled_scratch(int64_t padded) {
-  return kTileItems * (padded + kRowBlock<T>);
+  return kTile * (padded + kBlockStride<T>);
 }
 
 }  // namespace t4r_fast

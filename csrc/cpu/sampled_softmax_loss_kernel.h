@@ -2,31 +2,24 @@
 // and a tile of candidates at a time. Included after simd_<set>.h.
 #pragma once
 
-#include "row_products.h"
+#include "item_scores.h"
 #include "sampled_softmax_loss.h"
 
 namespace {
 
 using t4r_fast::Candidates;
 using t4r_fast::Hits;
-using t4r_fast::kTileItems;
 using t4r_fast::RowBackward;
 using t4r_fast::RowForward;
 using t4r_fast::SampledBackward;
 using t4r_fast::SampledForward;
 
-template <typename T>
-constexpr T kLowest = sizeof(T) == 4 ? static_cast<T>(-__FLT_MAX__) : static_cast<T>(-__DBL_MAX__);
-
-// Sums move to a new top only where a logit exceeds the old one by this much: e^8 is far from
-// overflow, and nearly all tiles go without.
-constexpr int kSlack = 8;
 // Rows of the table on their way while one is copied: random rows come at the memory's latency.
 constexpr int64_t kAhead = 12;
 
 template <typename T>
 void prefetch_row(const Matrix& from, int64_t id, int64_t width) {
-  const int64_t size = from.dtype == Dtype::kFloat64 ? 8 : from.dtype == Dtype::kFloat32 ? 4 : 2;
+  const int64_t size = item_bytes(from.dtype);
   const char* p = static_cast<const char*>(from.data) + id * from.stride * size;
   for (int64_t at = 0; at < width * size; at += 64) __builtin_prefetch(p + at);
 }
@@ -43,14 +36,19 @@ void gather_rows(const Matrix& from, const int64_t* ids, int64_t count, int64_t 
   }
 }
 
+// Gathered for this op: in the caches, and all of it is there up to whole tiles.
+template <typename T>
+Tile<T> tile_of(const Candidates<T>& candidates, int64_t first, int count, int64_t padded) {
+  return {candidates.items + first * padded, padded, padded, first, count, false, nullptr, 0, 0, 0};
+}
+
 // Logits of a tile of candidates for a panel of rows.
 template <class X>
-void tile_logits(const LaneRows<typename X::T>& rows, const Candidates<typename X::T>& candidates,
+void tile_logits(const PackedRows<typename X::T>& rows, const Candidates<typename X::T>& candidates,
                  const Hits<typename X::T>& hits, typename X::T inverse_temperature, int64_t start,
                  int vectors, int64_t first, int count, typename X::T* z, int64_t stride) {
   using T = typename X::T;
-  score_panel<X>(count, rows.width, candidates.items + first * rows.padded, rows.padded,
-                 rows.panels + start * rows.width, vectors, z, stride);
+  score_panel<X>(tile_of(candidates, first, count, rows.padded), rows, start, vectors, z, stride);
   const auto scale = X::set1(inverse_temperature);
   for (int v = 0; v < count; ++v) {
     const auto minus = X::set1(-candidates.shift[first + v]);
@@ -77,14 +75,6 @@ void drop_constants(const Hits<T>& hits, int64_t start, int64_t stop, int64_t fi
     const int64_t place = hits.place[row] - first;
     if (place >= 0 && place < count) p[place * stride + row - start] = 0;
   }
-}
-
-// Vectors of the panel at `start`.
-template <class X>
-int panel_vectors(int64_t rows, int64_t start) {
-  constexpr int64_t kSize = kRowPanel<typename X::T>;
-  const int64_t left = rows - start < kSize ? rows - start : kSize;
-  return static_cast<int>((left + X::L - 1) / X::L);
 }
 
 template <typename T>
@@ -128,11 +118,11 @@ template <class X>
 void sampled_forward(const SampledForward<typename X::T>& a, int64_t panel, int64_t last,
                      typename X::T* z) {
   using T = typename X::T;
-  constexpr int64_t kStride = kRowPanel<T>;
+  constexpr int64_t kStride = kPanel<T>;
   const int64_t padded = a.rows.padded;
   for (; panel < last; ++panel) {
     const int64_t start = panel * kStride;
-    const int vectors = panel_vectors<X>(a.rows.count, start);
+    const int vectors = vectors_of_panel<T>(a.rows.count, start, X::L);
     const int64_t stop = start + kStride < a.rows.count ? start + kStride : a.rows.count;
     for (int i = 0; i < vectors * X::L; ++i) {
       a.top[start + i] = kLowest<T>;
@@ -140,9 +130,9 @@ void sampled_forward(const SampledForward<typename X::T>& a, int64_t panel, int6
     }
     T* const mean = a.mean ? a.mean + start * padded : nullptr;
     if (mean) __builtin_memset(mean, 0, sizeof(T) * (stop - start) * padded);
-    for (int64_t first = 0; first < a.candidates.count; first += kTileItems) {
+    for (int64_t first = 0; first < a.candidates.count; first += kTile) {
       const int64_t left = a.candidates.count - first;
-      const int count = static_cast<int>(left < kTileItems ? left : kTileItems);
+      const int count = static_cast<int>(left < kTile ? left : kTile);
       tile_logits<X>(a.rows, a.candidates, a.hits, a.inverse_temperature, start, vectors, first,
                      count, z, kStride);
       for (int c = 0; c < vectors; ++c) {
@@ -152,8 +142,8 @@ void sampled_forward(const SampledForward<typename X::T>& a, int64_t panel, int6
       }
       if (!mean) continue;
       drop_constants(a.hits, start, stop, first, count, z, kStride);
-      add_product<X, 1, kRowPanel<T>>(stop - start, count, padded, z, 0,
-                                      a.candidates.items + first * padded, padded, mean, padded);
+      const Right<T> items{a.candidates.items + first * padded, padded, kTile, 0};
+      add_product<X, 1, kPanel<T>, true>(stop - start, count, padded, z, 0, items, mean, padded);
     }
   }
 }
@@ -162,7 +152,7 @@ template <class X>
 void panel_gradients(const SampledBackward<typename X::T>& a, int64_t start, int64_t first,
                      int count, typename X::T* dz, int64_t stride) {
   using T = typename X::T;
-  const int vectors = panel_vectors<X>(a.rows.count, start);
+  const int vectors = vectors_of_panel<T>(a.rows.count, start, X::L);
   tile_logits<X>(a.rows, a.candidates, a.hits, a.inverse_temperature, start, vectors, first, count,
                  dz, stride);
   for (int c = 0; c < vectors; ++c) {
@@ -173,7 +163,7 @@ void panel_gradients(const SampledBackward<typename X::T>& a, int64_t start, int
       X::store(p, X::mul(X::exp(X::sub(X::load(p), shift)), weight));
     }
   }
-  const int64_t stop = start + kRowPanel<T> < a.rows.count ? start + kRowPanel<T> : a.rows.count;
+  const int64_t stop = start + kPanel<T> < a.rows.count ? start + kPanel<T> : a.rows.count;
   drop_constants(a.hits, start, stop, first, count, dz, stride);
 }
 
@@ -193,23 +183,23 @@ double sum_of(int64_t count, const typename X::T* p) {
 template <class X>
 void sampled_backward(const SampledBackward<typename X::T>& a, typename X::T* scratch) {
   using T = typename X::T;
-  constexpr int64_t kStride = kRowBlock<T>;
+  constexpr int64_t kStride = kBlockStride<T>;
   const int64_t padded = a.rows.padded, width = a.rows.width;
   T* const gradient = scratch;
-  T* const dz = gradient + kTileItems * padded;
-  for (int64_t first = 0; first < a.candidates.count; first += kTileItems) {
+  T* const dz = gradient + kTile * padded;
+  for (int64_t first = 0; first < a.candidates.count; first += kTile) {
     const int64_t left = a.candidates.count - first;
-    const int count = static_cast<int>(left < kTileItems ? left : kTileItems);
-    double bias[kTileItems] = {};
+    const int count = static_cast<int>(left < kTile ? left : kTile);
+    double bias[kTile] = {};
     __builtin_memset(gradient, 0, sizeof(T) * count * padded);
-    for (int64_t block = 0; block < a.rows.count; block += kStride) {
-      const int64_t rows = a.rows.count - block < kStride ? a.rows.count - block : kStride;
-      for (int64_t start = block; start < block + rows; start += kRowPanel<T>) {
+    for (int64_t block = 0; block < a.rows.count; block += kBlock<T>) {
+      const int64_t left = a.rows.count - block, rows = left < kBlock<T> ? left : kBlock<T>;
+      for (int64_t start = block; start < block + rows; start += kPanel<T>) {
         panel_gradients<X>(a, start, first, count, dz + start - block, kStride);
       }
       for (int v = 0; a.dbias && v < count; ++v) bias[v] += sum_of<X>(rows, dz + v * kStride);
-      add_product<X, kStride, 1>(count, rows, padded, dz, 0, a.rows.rows + block * padded, padded,
-                                 gradient, padded);
+      const Right<T> of_rows{a.rows.rows + block * padded, padded, a.rows.count, 0};
+      add_product<X, kStride, 1, true>(count, rows, padded, dz, 0, of_rows, gradient, padded);
     }
     for (int v = 0; v < count; ++v) {
       const int64_t place = a.place[first + v];
@@ -226,17 +216,11 @@ void sampled_backward(const SampledBackward<typename X::T>& a, typename X::T* sc
 
 template <class X>
 typename X::T dot(const typename X::T* a, const typename X::T* b, int64_t padded) {
-  using T = typename X::T;
   typename X::V sum = X::zero();
   for (int64_t k = 0; k < padded; k += X::L) {
     sum = X::fma(X::load(a + k), X::load(b + k), sum);
   }
-  T part[X::L];
-  X::store(part, sum);
-  for (int half = X::L / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) part[i] += part[i + half];
-  }
-  return part[0];
+  return X::sum(sum);
 }
 
 // Rounded once.

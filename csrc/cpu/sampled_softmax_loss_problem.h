@@ -5,6 +5,7 @@
 #include <cstring>
 #include <tuple>
 
+#include "float_types.h"
 #include "item_rows.h"
 #include "negatives.h"
 #include "radix_sort.h"
@@ -79,33 +80,13 @@ struct Problem {
   double bias(int64_t id) const {
     const Matrix& b = scores.table.bias;
     if (b.data == nullptr) return 0;
-    const int64_t at = id * b.stride;
-    switch (b.dtype) {
-      case Dtype::kFloat32:
-        return static_cast<double>(static_cast<const float*>(b.data)[at]);
-      case Dtype::kFloat64:
-        return static_cast<const double*>(b.data)[at];
-      default:
-        return wide_bias(b, at);
-    }
+    double value = 0;
+    convert(b, id * b.stride, 1, &value);
+    return value;
   }
   // exp of what rounding added to a shift; 1 for a bias of -inf
   static double shift_factor(double exact, double rounded) {
     return exact == rounded ? 1 : std::exp(rounded - exact);
-  }
-  static double wide_bias(const Matrix& b, int64_t at) {
-    const uint16_t bits = static_cast<const uint16_t*>(b.data)[at];
-    if (b.dtype == Dtype::kBFloat16) {
-      const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-      float value;
-      std::memcpy(&value, &wide, sizeof value);
-      return static_cast<double>(value);
-    }
-    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-    double value = exponent == 0    ? std::ldexp(fraction, -24)
-                   : exponent == 31 ? (fraction ? NAN : INFINITY)
-                                    : std::ldexp(fraction + 1024, exponent - 25);
-    return bits >> 15 ? -value : value;
   }
 
   Scores scores;
@@ -115,19 +96,6 @@ struct Problem {
   std::optional<Tensor> table;
 };
 
-template <typename T>
-struct Lanes {
-  Lanes(int64_t count, int64_t width, int64_t lanes)
-      : lane_rows(round_up(count, lanes)),
-        panels(lane_rows * width),
-        rows(count * round_up(width, lanes)),
-        view{count, width, round_up(width, lanes), panels.data(), rows.data()} {}
-
-  int64_t lane_rows;
-  Buffer<T> panels, rows;
-  LaneRows<T> view;
-};
-
 // Rows that share their negatives.
 template <typename T>
 struct Group {
@@ -135,7 +103,7 @@ struct Group {
       : first(first),
         count(stop - first),
         drawn(p.negatives, number),
-        packed(count, p.width(), kernels<T>().lanes),
+        packed(count, p.width(), kernels<T>().lanes, RowsLie::kWhole),
         shift(drawn.size()),
         factor(drawn.size()),
         hit(count),
@@ -174,17 +142,17 @@ struct Group {
     } else {
       part(0, to - from);
     }
-    const int64_t rest = round_up(to - from, kTileItems) - (to - from);
+    const int64_t rest = round_up(to - from, kTile) - (to - from);
     std::fill_n(copy.data() + (to - from) * padded, rest * padded, T(0));
     return {copy.data(), shift.data() + from, to - from};
   }
   Buffer<T> room(int64_t candidates) const {
-    return Buffer<T>(round_up(candidates, kTileItems) * packed.view.padded);
+    return Buffer<T>(round_up(candidates, kTile) * packed.view.padded);
   }
 
   int64_t first, count;
   DrawnSet drawn;
-  Lanes<T> packed;
+  Packed<T> packed;
   Buffer<T> shift, factor;
   std::vector<int64_t> hit;
   Buffer<T> growth;

@@ -17,17 +17,17 @@ void rows_forward(const Forward<T>& f) {
   const T removed = static_cast<T>(negatives.hit_value());
   // A row takes some 100 ns for each negative.
   torch::stable::parallel_for(0, p.kept.count, 4, [&](int64_t i, int64_t stop) {
-    const Buffer<T> hidden(padded), copy(kTileItems * padded), mean(padded), spare(padded);
-    const Buffer<T> shift(kTileItems), z(kTileItems);
-    std::vector<int64_t> ids(kTileItems);
+    const Buffer<T> hidden(padded), copy(kTile * padded), mean(padded), spare(padded);
+    const Buffer<T> shift(kTile), z(kTile);
+    std::vector<int64_t> ids(kTile);
     for (; i < stop; ++i) {
       const int64_t target = p.kept.target[i];
       T top = std::numeric_limits<T>::lowest();
       double total = 0;
       kernels<T>().gather(p.scores.hidden, &p.kept.source[i], 1, width, padded, hidden.data());
       std::fill_n(mean.data(), padded, T(0));
-      for (int64_t from = 0; from < negatives.count; from += kTileItems) {
-        const int64_t count = std::min<int64_t>(kTileItems, negatives.count - from);
+      for (int64_t from = 0; from < negatives.count; from += kTile) {
+        const int64_t count = std::min<int64_t>(kTile, negatives.count - from);
         negatives.draw(static_cast<uint32_t>(p.kept.slot[i]), from, count, ids.data());
         for (int64_t v = 0; v < count; ++v) {
           const int64_t id = ids[v];
@@ -126,10 +126,10 @@ ItemSums<T> row_gradients(const Backward<T>& b, Touched& touched) {
     std::copy_n(sum, width, sums.ditems + i * width);
   };
   const auto part = [&](int64_t from, int64_t to) {
-    const Buffer<T> copy(kTileItems * padded), sum(2 * padded);
+    const Buffer<T> copy(kTile * padded), sum(2 * padded);
     ItemRows<T> entries;
-    for (int64_t start = from; start < to; start += kTileItems) {
-      const int64_t count = std::min<int64_t>(kTileItems, to - start);
+    for (int64_t start = from; start < to; start += kTile) {
+      const int64_t count = std::min<int64_t>(kTile, to - start);
       kernels<T>().gather(p.scores.table.items, touched.ids.data() + start, count, width, padded,
                           copy.data());
       for (int64_t i = 0; i < count; ++i) {

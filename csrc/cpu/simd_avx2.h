@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "exp_coefficients.h"
+#include "float_types.h"
 
 namespace {
 
@@ -46,6 +47,20 @@ struct F32 {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+  }
+
+  // The sum of each of L vectors, by one tree for all of them.
+  static ALWAYS_INLINE V sums(const V* v) {
+    V four[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const V* p = v + 4 * i;
+      const V x = add(_mm256_unpacklo_ps(p[0], p[1]), _mm256_unpackhi_ps(p[0], p[1]));
+      const V y = add(_mm256_unpacklo_ps(p[2], p[3]), _mm256_unpackhi_ps(p[2], p[3]));
+      four[i] = add(_mm256_shuffle_ps(x, y, 0x44), _mm256_shuffle_ps(x, y, 0xee));
+    }
+    return add(_mm256_permute2f128_ps(four[0], four[1], 0x20),
+               _mm256_permute2f128_ps(four[0], four[1], 0x31));
   }
 
   static V exp(V x) {
@@ -101,6 +116,12 @@ struct F64 {
   static T sum(V v) {
     const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
     return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
+  }
+
+  static ALWAYS_INLINE V sums(const V* v) {
+    const V x = add(_mm256_unpacklo_pd(v[0], v[1]), _mm256_unpackhi_pd(v[0], v[1]));
+    const V y = add(_mm256_unpacklo_pd(v[2], v[3]), _mm256_unpackhi_pd(v[2], v[3]));
+    return add(_mm256_permute2f128_pd(x, y, 0x20), _mm256_permute2f128_pd(x, y, 0x31));
   }
 
   static V exp(V x) {

@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "exp_coefficients.h"
+#include "float_types.h"
 
 namespace {
 
@@ -41,6 +42,25 @@ struct F32 {
   static void store_count(int32_t* p, Count c) { _mm512_storeu_si512(p, c); }
 
   static T sum(V v) { return _mm512_reduce_add_ps(v); }
+
+  // The sum of each of L vectors, by one tree for all of them.
+  static ALWAYS_INLINE V sums(const V* v) {
+    V four[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const V* p = v + 4 * i;
+      const V x = add(_mm512_unpacklo_ps(p[0], p[1]), _mm512_unpackhi_ps(p[0], p[1]));
+      const V y = add(_mm512_unpacklo_ps(p[2], p[3]), _mm512_unpackhi_ps(p[2], p[3]));
+      four[i] = add(_mm512_shuffle_ps(x, y, 0x44), _mm512_shuffle_ps(x, y, 0xee));
+    }
+    const V x = halves(four[0], four[1]), y = halves(four[2], four[3]);
+    return halves(x, y);
+  }
+
+  // The even 128 bits plus the odd ones, of a, then of b.
+  static ALWAYS_INLINE V halves(V a, V b) {
+    return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
 
   static V exp(V x) {
     using E = ExpCoefficients<T>;
@@ -89,6 +109,21 @@ struct F64 {
   }
 
   static T sum(V v) { return _mm512_reduce_add_pd(v); }
+
+  static ALWAYS_INLINE V sums(const V* v) {
+    V two[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const V* p = v + 2 * i;
+      two[i] = add(_mm512_unpacklo_pd(p[0], p[1]), _mm512_unpackhi_pd(p[0], p[1]));
+    }
+    const V x = halves(two[0], two[1]), y = halves(two[2], two[3]);
+    return halves(x, y);
+  }
+
+  static ALWAYS_INLINE V halves(V a, V b) {
+    return add(_mm512_shuffle_f64x2(a, b, 0x88), _mm512_shuffle_f64x2(a, b, 0xdd));
+  }
 
   static V exp(V x) {
     using E = ExpCoefficients<T>;

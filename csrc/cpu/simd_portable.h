@@ -64,6 +64,13 @@ struct PortableSimd {
     return total;
   }
 
+  // The sum of each of L vectors.
+  static V sums(const V* v) {
+    V out;
+    for (int i = 0; i < L; ++i) out[i] = sum(v[i]);
+    return out;
+  }
+
   static V exp(V x) {
     using E = ExpCoefficients<T>;
     const V shifted = fma(x, set1(E::log2e), set1(E::round));

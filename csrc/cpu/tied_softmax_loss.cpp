@@ -78,7 +78,7 @@ Stash<T> stash_in(const Tensor& tensor, const Scores& scores, const Kept& kept) 
         kOp, ": stash must be what forward gave");
   stash.rows = round_up(kept.count, kernels<T>().lanes);
   stash.of = scores.tiles;
-  if (kept.count <= kFewRows || tensor.size(1) == 0) return stash;
+  if (kept.count == 0 || tensor.size(1) == 0) return stash;
   stash.data = static_cast<T*>(tensor.mutable_data_ptr());
   stash.tiles = std::min(scores.tiles, tensor.numel() / (kTile * stash.rows));
   return stash;

@@ -13,13 +13,6 @@ using t4r_fast::LossForward;
 using t4r_fast::Stash;
 using t4r_fast::Target;
 
-template <typename T>
-constexpr T kLowest = sizeof(T) == 4 ? static_cast<T>(-__FLT_MAX__) : static_cast<T>(-__DBL_MAX__);
-
-// Sums move to a new top only where an item exceeds the old one by this much: e^8 is far from
-// overflow, and nearly all tiles go without.
-constexpr int kSlack = 8;
-
 // Of a tile's work on all rows at least a part finds them in the second-level cache.
 constexpr int64_t kRowsInCache = int64_t{4} << 20;
 
@@ -232,7 +225,7 @@ void loss_forward(const LossForward<typename X::T>& a, int64_t index, int64_t st
   const Target* target = find_targets(a.targets, a.rows.count, index);
   for (; index < stop; ++index) {
     const Tile<T> tile = load_tile(a.table, index, a.rows.padded, copy, bias);
-    if (a.rows.count <= kFewRows) {
+    if (a.rows.count <= kFewRows<X::L>) {
       forward_few<X>(a, tile, target, z);
       continue;
     }
@@ -284,43 +277,12 @@ void score_gradients(int count, int vectors, const LossBackward<typename X::T>& 
   }
 }
 
-inline uint16_t to_bfloat16(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof bits);
-  if (value != value) return 0x7fc0;
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-inline uint16_t to_float16(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof bits);
-  const uint32_t sign = bits & 0x80000000;
-  bits ^= sign;
-  uint32_t out;
-  if (bits >= 0x47800000) {  // 65536 and more, inf, nan
-    out = bits > 0x7f800000 ? 0x7e00 : 0x7c00;
-  } else if (bits < 0x38800000) {  // denormal: the addition rounds at the right place
-    const float shifted = as_float(bits) + 0.5f;
-    __builtin_memcpy(&out, &shifted, sizeof out);
-    out -= 0x3f000000;
-  } else {
-    out = (bits - 0x38000000 + 0xfff + ((bits >> 13) & 1)) >> 13;
-  }
-  return static_cast<uint16_t>(out | sign >> 16);
-}
-
 template <class X>
 void write_gradient(const typename X::T* from, Dtype dtype, int64_t offset, int64_t width, bool add,
                     void* to) {
   using T = typename X::T;
   if (dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat16) {
-    uint16_t* out = static_cast<uint16_t*>(to) + offset;
-    const bool brain = dtype == Dtype::kBFloat16;
-    for (int64_t k = 0; k < width; ++k) {
-      const float x = static_cast<float>(from[k]);
-      out[k] = brain ? to_bfloat16(x) : to_float16(x);
-    }
-    return;
+    return round_to_half(from, dtype, width, static_cast<uint16_t*>(to) + offset);
   }
   T* out = static_cast<T*>(to) + offset;
   if (add) {
@@ -493,7 +455,7 @@ void loss_backward(const LossBackward<typename X::T>& a, int64_t index, int64_t 
   // Rows that stay in the second-level cache by themselves need no company of tiles: 1% faster.
   const int64_t rows_bytes = 3 * a.rows.count * padded * static_cast<int64_t>(sizeof(T));
   const int64_t together = rows_bytes > kRowsInCache ? t4r_fast::tiles_together<T>(padded) : 1;
-  const bool few = a.rows.count > 0 && a.rows.count <= kFewRows;
+  const bool few = a.rows.count > 0 && a.rows.count <= kFewRows<X::L>;
   T* const copy = scratch;
   T* const dz = copy + kTile * padded;
   T* next = dz + kTile * kBlockStride<T>;

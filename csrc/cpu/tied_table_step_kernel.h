@@ -223,12 +223,7 @@ void store_row(const typename X::T* from, Dtype dtype, int64_t row, int64_t widt
     for (int64_t k = 0; k < width; ++k) out[k] = from[k];
     return;
   }
-  uint16_t* out = static_cast<uint16_t*>(items) + row * width;
-  const bool brain = dtype == Dtype::kBFloat16;
-  for (int64_t k = 0; k < width; ++k) {
-    const float x = static_cast<float>(from[k]);
-    out[k] = brain ? to_bfloat16(x) : to_float16(x);
-  }
+  round_to_half(from, dtype, width, static_cast<uint16_t*>(items) + row * width);
 }
 
 // A table that can be worked on where it lies: rows are whole vectors of the kernels' type.
