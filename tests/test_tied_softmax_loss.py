@@ -126,6 +126,30 @@ def test_rows(lane, dtype, reduction):
     )
 
 
+# With the items' gradient the C++ kernels make that of hidden in backward, without it in forward.
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradient_of_hidden_alone(lane, dtype, options):
+    inputs = make_inputs(60, 133, 20, bias=True)
+    inputs["target"][5] = -100
+    inputs["rows"] = torch.arange(58).flip(0).repeat_interleave(2)  # a panel and more, all twice
+    inputs["rows"][3::7] = -1
+    options = {**options, "reduction": "none", "return_lse": True}
+    check(lane, tied_softmax_loss, naive, inputs, options, dtype, ("hidden",))
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("shape", [(1, 97, 3), (3, 300, 130), (8, 96, 16), (70, 200, 130)], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e3], ids=str)
+def test_gradient_of_hidden_alone_at_other_shapes(lane, shape, scale):
+    """At 1e3 targets have all of the weight or none; sums move to new tops."""
+    inputs = make_inputs(*shape)
+    inputs["items"] *= scale * torch.linspace(0.1, 1, shape[1])[:, None]
+    inputs["target"][::2] = (inputs["hidden"] @ inputs["items"].T).argmax(1)[::2]
+    check(lane, tied_softmax_loss, naive, inputs, {}, torch.float32, ("hidden",))
+
+
 @pytest.mark.parametrize("lane", LANES)
 @pytest.mark.usefixtures("chunks")
 def test_views_and_equal_targets(lane):
@@ -212,7 +236,7 @@ def test_gradients_of_a_row_sum_to_zero(lane):
 @pytest.mark.parametrize("lane", LANES)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
-    n=st.sampled_from([0, 1, 4, 5, 23, 24, 25, 48, 49, 96, 97, 193]),
+    n=st.sampled_from([0, 1, 2, 3, 4, 5, 7, 8, 9, 23, 24, 25, 48, 49, 96, 97, 193]),
     v=st.sampled_from([1, 2, 95, 96, 97, 193]),
     d=st.sampled_from([1, 3, 8, 15, 16, 17, 31, 32, 33, 64, 65, 129]),
     bias=st.booleans(),
@@ -225,7 +249,8 @@ def test_any_shape(lane, n, v, d, bias, ignored, options):
         inputs["target"][::3] = -100
     options = {**options, "reduction": "none", "return_lse": True}
     # dbias is one number per item: some cancel to nothing but rounding
-    check(lane, tied_softmax_loss, naive, inputs, options, torch.float64, ("hidden", "items"))
+    for leaves in (("hidden", "items"), ("hidden",)):
+        check(lane, tied_softmax_loss, naive, inputs, options, torch.float64, leaves)
 
 
 @pytest.mark.usefixtures("chunks")

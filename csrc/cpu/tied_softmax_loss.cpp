@@ -88,13 +88,15 @@ Stash<T> stash_in(const Tensor& tensor, const Scores& scores, const Kept& kept) 
 
 template <typename T>
 void forward_chunk(const Scores& scores, const Kept& kept, const Options& options, int64_t first,
-                   int64_t count, Stash<T> stash, T* loss, double* lse) {
+                   int64_t count, Stash<T> stash, T* loss, double* lse, T* mean) {
   stash.first = first;
   const Chunk<T> chunk(scores, kept, first, count);
   const int64_t lane_rows = chunk.packed.lane_rows, threads = scores.threads(count);
   const Buffer<T> top(threads * lane_rows);
   const Buffer<double> total(threads * lane_rows), z_sum(threads * lane_rows);
   const Buffer<double> target_score(count);
+  const int64_t padded = chunk.packed.padded, width = scores.table.width;
+  const Buffer<T> means(mean ? threads * count * padded : 0), item(mean ? width : 0);
   split_tiles(scores.tiles, threads, [&](int64_t thread, int64_t tile, int64_t stop) {
     LossForward<T> a;
     a.table = scores.table;
@@ -107,6 +109,8 @@ void forward_chunk(const Scores& scores, const Kept& kept, const Options& option
     a.total = total.data() + thread * lane_rows;
     a.z_sum = options.smoothing != 0 ? z_sum.data() + thread * lane_rows : nullptr;
     a.target_score = target_score.data();
+    a.mean = mean ? means.data() + thread * count * padded : nullptr;
+    if (mean) std::fill_n(a.mean, count * padded, T(0));
     std::fill_n(a.top, lane_rows, std::numeric_limits<T>::lowest());
     std::fill_n(a.total, lane_rows, 0.0);
     std::fill_n(z_sum.data() + thread * lane_rows, lane_rows, 0.0);
@@ -135,18 +139,37 @@ void forward_chunk(const Scores& scores, const Kept& kept, const Options& option
     const int64_t slot = kept.slot[first + i];
     loss[slot] = static_cast<T>(row_loss);
     lse[slot] = row_lse;
+    if (mean == nullptr) continue;
+    // The target's share of the mean less 1, exact also where it has nearly all of the weight.
+    const double capped = options.softcap != 0 ? target_score[i] / options.softcap : 0;
+    const double of_target =
+        std::expm1(target_score[i] - highest - log_sum) * (1 - capped * capped);
+    convert(scores.table.items, kept.target[first + i] * scores.table.items.stride, width,
+            item.data());
+    for (int64_t k = 0; k < width; ++k) {
+      double of_all = of_target * static_cast<double>(item[k]);
+      for (int64_t t = 0; t < threads; ++t) {
+        const double apart = static_cast<double>(top[t * lane_rows + i]) - highest;
+        of_all += std::exp(apart) / sum * static_cast<double>(means[(t * count + i) * padded + k]);
+      }
+      mean[slot * width + k] = static_cast<T>(of_all);
+    }
   }
 }
 
 template <typename T>
 void forward(const Scores& scores, const Kept& kept, const Options& options, const Tensor& stash,
-             Tensor& loss, double* lse) {
+             Tensor& loss, double* lse, Tensor& mean) {
   const int64_t lanes = kernels<T>().lanes, padded = round_up(scores.table.width, lanes);
-  const int64_t row_bytes = 2 * padded * sizeof(T) + scores.threads(kept.count) * (sizeof(T) + 16);
+  const int64_t threads = scores.threads(kept.count);
+  const bool need_mean = mean.size(0) > 0;
+  const int64_t row_bytes =
+      (2 + (need_mean ? threads : 0)) * padded * sizeof(T) + threads * (sizeof(T) + 16);
   const int64_t step = rows_per_chunk(kept.count, row_bytes, kBlock<T>);
   for (int64_t first = 0; first < kept.count; first += step) {
     forward_chunk<T>(scores, kept, options, first, std::min(step, kept.count - first),
-                     stash_in<T>(stash, scores, kept), loss.mutable_data_ptr<T>(), lse);
+                     stash_in<T>(stash, scores, kept), loss.mutable_data_ptr<T>(), lse,
+                     need_mean ? mean.mutable_data_ptr<T>() : nullptr);
   }
 }
 
@@ -156,7 +179,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tied_softmax_loss_fwd_cpu(
     double softcap, double label_smoothing, double z_loss, int64_t ignore_index,
     int64_t stash_items, bool need_mean) {
   CHECK(stash_items >= 0, kOp, ": stash_items must be >= 0; got ", stash_items);
-  CHECK(!need_mean, kOp, ": need_mean must be false: backward makes dhidden from the scores");
+  CHECK(!need_mean || label_smoothing == 0, kOp,
+        ": need_mean must be false with label_smoothing: it gives all items a weight");
   const Scores scores(kOp, hidden, items, bias);
   const Options options(temperature, softcap, label_smoothing, z_loss);
   const Kept kept(kOp, scores, rows, &target, ignore_index);
@@ -165,13 +189,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tied_softmax_loss_fwd_cpu(
   Tensor lse = torch::stable::new_zeros(hidden, {kept.size}, ScalarType::Double);
   Tensor stash = torch::stable::new_empty(loss, {kept.size, stash_items});
   use_huge_pages(stash);
+  Tensor mean = torch::stable::new_zeros(loss, {need_mean ? kept.size : 0, hidden.size(1)});
   double* lse_data = lse.mutable_data_ptr<double>();
   if (scores.is_double()) {
-    forward<double>(scores, kept, options, stash, loss, lse_data);
+    forward<double>(scores, kept, options, stash, loss, lse_data, mean);
   } else {
-    forward<float>(scores, kept, options, stash, loss, lse_data);
+    forward<float>(scores, kept, options, stash, loss, lse_data, mean);
   }
-  Tensor mean = torch::stable::new_empty(loss, {0, hidden.size(1)});
   return {loss, lse, stash, mean};
 }
 
@@ -208,6 +232,7 @@ struct Backward {
   T* dbias;
 
   void run(int64_t first, int64_t count, bool want_hidden, bool want_items, bool add) const;
+  void rows_from(const Tensor& mean) const;
   void add_rows(const Buffer<T>& drows, int64_t first, int64_t count, int64_t padded,
                 int64_t threads) const;
 };
@@ -274,6 +299,45 @@ void Backward<T>::add_rows(const Buffer<T>& drows, int64_t first, int64_t count,
   }
 }
 
+// dhidden from what forward kept: the mean of the items under a row's softmax less its target.
+template <typename T>
+void Backward<T>::rows_from(const Tensor& mean) const {
+  const ItemTable& table = scores.table;
+  const int64_t width = table.width;
+  CHECK(mean.dim() == 2 && mean.size(0) == kept.size && mean.size(1) == width &&
+            mean.is_contiguous() && options.smoothing == 0,
+        kOp, ": mean must be what forward gave");
+  const T* const means = mean.const_data_ptr<T>();
+  const Buffer<T> row(width), item(width);
+  for (int64_t i = 0; i < kept.count; ++i) {  // in order: a row may be named twice
+    const int64_t slot = kept.slot[i], target = kept.target[i];
+    const double of_loss = dloss[slot] / options.temperature;
+    // of lse, which has the target too
+    const double of_lse =
+        of_loss * 2 * options.z_loss * lse[slot] + dlse[slot] / options.temperature;
+    double of_target = of_lse;
+    if (of_lse != 0) convert(table.items, target * table.items.stride, width, item.data());
+    if (of_lse != 0 && options.softcap != 0) {
+      convert(scores.hidden, kept.source[i] * scores.hidden.stride, width, row.data());
+      double z = 0;
+      for (int64_t k = 0; k < width; ++k) z += static_cast<double>(row[k]) * item[k];
+      if (table.bias.data) {
+        double bias = 0;
+        convert(table.bias, target * table.bias.stride, 1, &bias);
+        z += bias;
+      }
+      const double t = std::tanh(z / options.temperature / options.softcap);
+      of_target *= 1 - t * t;
+    }
+    T* const out = dhidden + kept.source[i] * width;
+    for (int64_t k = 0; k < width; ++k) {
+      double sum = (of_loss + of_lse) * static_cast<double>(means[slot * width + k]);
+      if (of_lse != 0) sum += of_target * static_cast<double>(item[k]);
+      out[k] += static_cast<T>(sum);
+    }
+  }
+}
+
 template <typename T>
 void backward(const Backward<T>& b, bool need_hidden, bool need_items) {
   const int64_t count = b.kept.count, lanes = kernels<T>().lanes;
@@ -293,7 +357,7 @@ void backward(const Backward<T>& b, bool need_hidden, bool need_items) {
 template <typename T>
 void run_backward(const Scores& scores, const Kept& kept, const Options& options,
                   const Tensor& dloss, const Tensor& dlse, const Tensor& lse, const Tensor& stash,
-                  Outputs& out) {
+                  const Tensor& mean, Outputs& out) {
   const ScalarType type = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
   const auto in_type = [&](const Tensor& like, bool needed) {
     if (!needed || like.scalar_type() == type) return like;
@@ -311,7 +375,11 @@ void run_backward(const Scores& scores, const Kept& kept, const Options& options
                       out.need_hidden ? dhidden.template mutable_data_ptr<T>() : nullptr,
                       out.need_items ? out.ditems.mutable_data_ptr() : nullptr,
                       out.need_bias ? dbias.template mutable_data_ptr<T>() : nullptr};
-  backward<T>(b, out.need_hidden, out.need_items || out.need_bias);
+  const bool from_mean = out.need_hidden && mean.size(0) > 0;
+  if (from_mean) b.rows_from(mean);
+  if (!from_mean || out.need_items || out.need_bias) {
+    backward<T>(b, out.need_hidden && !from_mean, out.need_items || out.need_bias);
+  }
   if (out.need_hidden && dhidden.scalar_type() != out.dhidden.scalar_type()) {
     torch::stable::copy_(out.dhidden, dhidden);
   }
@@ -323,7 +391,7 @@ void run_backward(const Scores& scores, const Kept& kept, const Options& options
 std::tuple<Tensor, Tensor, Tensor> tied_softmax_loss_bwd_cpu(
     const Tensor& dloss, const Tensor& dlse, const Tensor& hidden, const Tensor& items,
     const Tensor& target, const std::optional<Tensor>& bias, const std::optional<Tensor>& rows,
-    const Tensor& lse, const Tensor& stash, const Tensor&, double temperature, double softcap,
+    const Tensor& lse, const Tensor& stash, const Tensor& mean, double temperature, double softcap,
     double label_smoothing, double z_loss, int64_t ignore_index, bool need_hidden, bool need_items,
     bool need_bias) {
   const Scores scores(kOp, hidden, items, bias);
@@ -343,9 +411,9 @@ std::tuple<Tensor, Tensor, Tensor> tied_softmax_loss_bwd_cpu(
               need_bias};
   use_huge_pages(out.ditems);
   if (scores.is_double()) {
-    run_backward<double>(scores, kept, options, dloss, dlse, lse, stash, out);
+    run_backward<double>(scores, kept, options, dloss, dlse, lse, stash, mean, out);
   } else {
-    run_backward<float>(scores, kept, options, dloss, dlse, lse, stash, out);
+    run_backward<float>(scores, kept, options, dloss, dlse, lse, stash, mean, out);
   }
   return {out.dhidden, out.ditems, out.dbias};
 }

@@ -29,6 +29,9 @@ struct LossForward {
   // Per row, one set per thread: sum over items of exp(z - top) and, if not null, of z.
   T* top;
   double *total, *z_sum;
+  // (rows.count, rows.padded), one per thread: sum over items but the target of exp(z - top) item,
+  // times the slope of the softcap; or null.
+  T* mean;
   double* target_score;  // per row, shared: one thread meets the row's target
 };
 

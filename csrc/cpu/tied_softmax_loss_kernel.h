@@ -82,9 +82,34 @@ inline const Target* find_targets(const Target* targets, int64_t count, int64_t 
   return targets + low;
 }
 
-// One vector of rows takes in the scores of a tile.
+// times the slope of the cap
 template <class X>
-void take_in(int count, const typename X::T* z, int64_t stride, typename X::T* top, double* total) {
+ALWAYS_INLINE typename X::V times_slope(typename X::V z, typename X::V inverse_cap,
+                                        typename X::V dz) {
+  const typename X::V t = X::mul(z, inverse_cap);
+  return X::mul(dz, X::sub(X::set1(1), X::mul(t, t)));
+}
+
+template <class X>
+void scale_row(typename X::T factor, int64_t padded, typename X::T* row) {
+  const auto scale = X::set1(factor);
+  for (int64_t k = 0; k < padded; k += X::L) X::store(row + k, X::mul(X::load(row + k), scale));
+}
+
+// exp(z - shift); where kMean, z becomes that times the slope.
+template <class X, bool kMean>
+ALWAYS_INLINE typename X::V weight_of(typename X::T* z, typename X::V shift,
+                                      typename X::T inverse_cap) {
+  const typename X::V x = X::load(z), e = X::exp(X::sub(x, shift));
+  if (kMean) X::store(z, inverse_cap == 0 ? e : times_slope<X>(x, X::set1(inverse_cap), e));
+  return e;
+}
+
+// One vector of rows takes in the scores of a tile. Where kMean, they become the weights of the
+// items in the means of these rows, `mean` (rows, padded).
+template <class X, bool kMean>
+void take_in(int count, typename X::T* z, int64_t stride, typename X::T* top, double* total,
+             typename X::T inverse_cap, int64_t rows, int64_t padded, typename X::T* mean) {
   using T = typename X::T;
   using V = typename X::V;
   V highest = X::set1(kLowest<T>);
@@ -94,17 +119,20 @@ void take_in(int count, const typename X::T* z, int64_t stride, typename X::T* t
     const V higher = X::max(highest, shift);
     T factor[X::L];
     X::store(factor, X::exp(X::sub(shift, higher)));
-    for (int i = 0; i < X::L; ++i) total[i] *= static_cast<double>(factor[i]);
+    for (int i = 0; i < X::L; ++i) {
+      total[i] *= static_cast<double>(factor[i]);
+      if (kMean && i < rows && factor[i] != 1) scale_row<X>(factor[i], padded, mean + i * padded);
+    }
     X::store(top, higher);
     shift = higher;
   }
   V sum[2] = {X::zero(), X::zero()};
   int v = 0;
   for (; v + 2 <= count; v += 2) {
-    sum[0] = X::add(sum[0], X::exp(X::sub(X::load(z + v * stride), shift)));
-    sum[1] = X::add(sum[1], X::exp(X::sub(X::load(z + (v + 1) * stride), shift)));
+    sum[0] = X::add(sum[0], weight_of<X, kMean>(z + v * stride, shift, inverse_cap));
+    sum[1] = X::add(sum[1], weight_of<X, kMean>(z + (v + 1) * stride, shift, inverse_cap));
   }
-  if (v < count) sum[0] = X::add(sum[0], X::exp(X::sub(X::load(z + v * stride), shift)));
+  if (v < count) sum[0] = X::add(sum[0], weight_of<X, kMean>(z + v * stride, shift, inverse_cap));
   T part[X::L];
   X::store(part, X::add(sum[0], sum[1]));
   for (int i = 0; i < X::L; ++i) total[i] += static_cast<double>(part[i]);
@@ -150,8 +178,9 @@ void few_scores(const Tile<typename X::T>& tile, const PackedRows<typename X::T>
   }
 }
 
-template <class X>
-void take_in_row(const typename X::T* z, typename X::T* top, double* total) {
+template <class X, bool kMean>
+void take_in_row(typename X::T* z, typename X::T* top, double* total, typename X::T inverse_cap,
+                 int64_t padded, typename X::T* mean) {
   using T = typename X::T;
   using V = typename X::V;
   V highest = X::set1(kLowest<T>);
@@ -163,40 +192,54 @@ void take_in_row(const typename X::T* z, typename X::T* top, double* total) {
     for (int i = 0; i < X::L; ++i) higher = part[i] > higher ? part[i] : higher;
     X::store(part, X::exp(X::set1(*top - higher)));
     *total *= static_cast<double>(part[0]);
+    if (kMean) scale_row<X>(part[0], padded, mean);
     *top = higher;
   }
   const V shift = X::set1(*top);
   V sum = X::zero();
   for (int v = 0; v < kTile; v += X::L) {
-    sum = X::add(sum, X::exp(X::sub(X::load(z + v), shift)));
+    sum = X::add(sum, weight_of<X, kMean>(z + v, shift, inverse_cap));
   }
   *total += static_cast<double>(X::sum(sum));
 }
 
 template <class X>
+typename X::T inverse_cap(const LossForward<typename X::T>& a) {
+  return a.softcap == 0 ? 0 : 1 / a.softcap;
+}
+
+template <class X, bool kMean>
 void forward_few(const LossForward<typename X::T>& a, const Tile<typename X::T>& tile,
                  const Target*& target, typename X::T* z) {
   few_scores<X>(tile, a.rows, a.inverse_temperature, a.softcap, z);
   const Target* const targets_end = a.targets + a.rows.count;
+  const Target* const first = target;
   for (; target < targets_end && target->item < tile.first + tile.count; ++target) {
     a.target_score[target->row] =
         static_cast<double>(z[target->row * kTile + target->item - tile.first]);
   }
+  const int64_t padded = a.rows.padded;
   for (int64_t row = 0; row < a.rows.count; ++row) {
-    take_in_row<X>(z + row * kTile, a.top + row, a.total + row);
     for (int v = 0; a.z_sum && v < tile.count; ++v) {
       a.z_sum[row] += static_cast<double>(z[row * kTile + v]);
     }
+    take_in_row<X, kMean>(z + row * kTile, a.top + row, a.total + row, inverse_cap<X>(a), padded,
+                          kMean ? a.mean + row * padded : nullptr);
   }
+  if (!kMean) return;
+  for (const Target* t = first; t < target; ++t) z[t->row * kTile + t->item - tile.first] = 0;
+  add_product<X, kTile, 1, true>(a.rows.count, tile.count, padded, z, 0, items_on_right(tile),
+                                 a.mean, padded);
 }
 
 // ---- forward
 
-template <class X>
+template <class X, bool kMean>
 void forward_panel(const LossForward<typename X::T>& a, const Tile<typename X::T>& tile,
                    int64_t index, int64_t start, const Target*& target, typename X::T* z) {
   using T = typename X::T;
   const Target* const targets_end = a.targets + a.rows.count;
+  const Target* const first = target;
   const int vectors = vectors_of_panel<T>(a.rows.count, start, X::L);
   score_panel<X>(tile, a.rows, start, vectors, z, kPanel<T>);
   finish_scores<X>(tile.count, vectors, a.inverse_temperature, a.softcap, z, kPanel<T>);
@@ -208,32 +251,53 @@ void forward_panel(const LossForward<typename X::T>& a, const Tile<typename X::T
   }
   T* const kept = place_in_stash(a.stash, index, start);
   if (kept) put_into_stash<X>(tile.count, vectors, z, kept);
+  const int64_t padded = a.rows.padded;
   for (int c = 0; c < vectors; ++c) {
     const int64_t row = start + c * X::L;
-    take_in<X>(tile.count, z + c * X::L, kPanel<T>, a.top + row, a.total + row);
     if (a.z_sum) add_scores<X>(tile.count, z + c * X::L, kPanel<T>, a.z_sum + row);
+    take_in<X, kMean>(tile.count, z + c * X::L, kPanel<T>, a.top + row, a.total + row,
+                      inverse_cap<X>(a), a.rows.count - row, padded,
+                      kMean ? a.mean + row * padded : nullptr);
   }
+  if (!kMean) return;
+  for (const Target* t = first; t < target; ++t) {
+    z[(t->item - tile.first) * kPanel<T> + t->row - start] = 0;
+  }
+  const int64_t left = a.rows.count - start;
+  add_product<X, 1, kPanel<T>, true>(left < kPanel<T> ? left : kPanel<T>, tile.count, padded, z, 0,
+                                     items_on_right(tile), a.mean + start * padded, padded);
+}
+
+template <class X, bool kMean>
+void forward_tiles(const LossForward<typename X::T>& a, int64_t index, int64_t stop,
+                   typename X::T* scratch) {
+  using T = typename X::T;
+  const int64_t padded = a.rows.padded;
+  T* const copy = scratch;
+  T* const z = copy + kTile * padded;
+  T* const bias = z + kTile * kPanel<T>;
+  T* const chunks = bias + kTile;
+  const bool in_chunks = kMean && padded > kChunk<T> && a.rows.count >= 16;  // as in backward
+  const Target* target = find_targets(a.targets, a.rows.count, index);
+  for (; index < stop; ++index) {
+    Tile<T> tile = load_tile(a.table, index, padded, copy, bias);
+    if (in_chunks) to_chunks<X>(&tile, chunks);
+    if (a.rows.count <= kFewRows<X::L>) {
+      forward_few<X, kMean>(a, tile, target, z);
+      continue;
+    }
+    for (int64_t start = 0; start < a.rows.count; start += kPanel<T>) {
+      forward_panel<X, kMean>(a, tile, index, start, target, z);
+    }
+  }
+  X::fence();
 }
 
 template <class X>
 void loss_forward(const LossForward<typename X::T>& a, int64_t index, int64_t stop,
                   typename X::T* scratch) {
-  using T = typename X::T;
-  T* const copy = scratch;
-  T* const z = copy + kTile * a.rows.padded;
-  T* const bias = z + kTile * kPanel<T>;
-  const Target* target = find_targets(a.targets, a.rows.count, index);
-  for (; index < stop; ++index) {
-    const Tile<T> tile = load_tile(a.table, index, a.rows.padded, copy, bias);
-    if (a.rows.count <= kFewRows<X::L>) {
-      forward_few<X>(a, tile, target, z);
-      continue;
-    }
-    for (int64_t start = 0; start < a.rows.count; start += kPanel<T>) {
-      forward_panel<X>(a, tile, index, start, target, z);
-    }
-  }
-  X::fence();
+  a.mean ? forward_tiles<X, true>(a, index, stop, scratch)
+         : forward_tiles<X, false>(a, index, stop, scratch);
 }
 
 // ---- backward
@@ -243,14 +307,6 @@ template <class X>
 ALWAYS_INLINE typename X::V score_gradient(typename X::V z, typename X::V shift, typename X::V w,
                                            typename X::V k) {
   return X::fma(X::exp(X::sub(z, shift)), w, k);
-}
-
-// times the slope of the cap
-template <class X>
-ALWAYS_INLINE typename X::V times_slope(typename X::V z, typename X::V inverse_cap,
-                                        typename X::V dz) {
-  const typename X::V t = X::mul(z, inverse_cap);
-  return X::mul(dz, X::sub(X::set1(1), X::mul(t, t)));
 }
 
 template <class X>

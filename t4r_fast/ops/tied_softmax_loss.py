@@ -168,6 +168,17 @@ def _stash_items(size: int, items: Tensor, workspace_bytes: int | None) -> int:
     return kept if width >= 128 and kept * width >= 24 * count else 0
 
 
+def _hidden_alone(ctx: Any, options: tuple[float, float, float, float, int]) -> bool:
+    """Whether C++'s forward makes the gradient of hidden with the scores that it has at hand.
+
+    Without the gradient of items, which an optimizer of t4r_fast.optim makes in its step, backward
+    would make all scores again for it: 4 NVD operations instead of 6. Smoothing's share, a sum over
+    all items alike, is not in it.
+    """
+    needs = ctx.needs_input_grad
+    return not ((needs[1] and ctx.recorder is None) or needs[2] or options[2])
+
+
 class _TiedSoftmaxLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -185,9 +196,13 @@ class _TiedSoftmaxLoss(torch.autograd.Function):
         ctx.recorder = recorder
         ctx.backend = backend.pick("tied_softmax_loss", hidden)
         functions = backend.ops(ctx.backend, reference)
-        if ctx.backend != "cpu":
+        need_mean = (
+            grad
+            and ctx.needs_input_grad[0]
+            and (ctx.backend == "triton" or (ctx.backend == "cpu" and _hidden_alone(ctx, options)))
+        )
+        if ctx.backend != "cpu" or need_mean:
             stash_items = 0
-        need_mean = grad and ctx.needs_input_grad[0] and ctx.backend == "triton"
         with full_precision(ctx.backend, hidden.device):
             loss, lse, stash, mean = functions.tied_softmax_loss_fwd(
                 hidden, items, target, bias, rows, *options, stash_items, need_mean
@@ -288,7 +303,8 @@ _OPTIONS = "float temperature, float softcap, float label_smoothing, float z_los
 # stash  (R, stash_items)  type of the sums: the scores of that many items, in the order and layout
 #                          of the backend that reads them again
 # mean   (R, D)            type of the sums; if need_mean, else (0, D): a row's mean of the items
-#                          under its softmax, each item times the slope of the softcap
+#                          under its softmax, each item times the slope of the softcap; of C++ less
+#                          the target's item times its slope
 backend.declare(
     "tied_softmax_loss",
     "tied_softmax_loss_fwd(Tensor hidden, Tensor items, Tensor target, Tensor? bias, Tensor? rows,"
