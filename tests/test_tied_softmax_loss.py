@@ -139,15 +139,18 @@ def test_gradient_of_hidden_alone(lane, dtype, options):
     check(lane, tied_softmax_loss, naive, inputs, options, dtype, ("hidden",))
 
 
-@pytest.mark.parametrize("lane", LANES)
 @pytest.mark.parametrize("shape", [(1, 97, 3), (3, 300, 130), (8, 96, 16), (70, 200, 130)], ids=str)
-@pytest.mark.parametrize("scale", [1.0, 1e3], ids=str)
-def test_gradient_of_hidden_alone_at_other_shapes(lane, shape, scale):
-    """At 1e3 targets have all of the weight or none; sums move to new tops."""
+@pytest.mark.parametrize("scale", [1 / 16, 64.0], ids=str)
+def test_gradient_of_hidden_alone_keeps_small_numbers(shape, scale):
+    """Scores are exact, up to 1e4: targets have all of the weight or none, sums move to new tops.
+
+    The C++ kernels take the target out of the mean: a mean less the target would cancel.
+    """
     inputs = make_inputs(*shape)
-    inputs["items"] *= scale * torch.linspace(0.1, 1, shape[1])[:, None]
+    for name in ("hidden", "items"):
+        inputs[name] = inputs[name].round() * (1 if name == "hidden" else scale)
     inputs["target"][::2] = (inputs["hidden"] @ inputs["items"].T).argmax(1)[::2]
-    check(lane, tied_softmax_loss, naive, inputs, {}, torch.float32, ("hidden",))
+    check("cpu", tied_softmax_loss, naive, inputs, {}, torch.float32, ("hidden",))
 
 
 @pytest.mark.parametrize("lane", LANES)

@@ -52,19 +52,19 @@ def formed_gradient(table: Tensor) -> Tensor | None:
     if found is None or found.graph_task != torch._C._current_graph_task_id():
         return None
     gradient = found.gradient()
-    return gradient if gradient is not None and _only_autograd_has(gradient) else None
-
-
-def _only_autograd_has(gradient: Tensor) -> bool:
-    """Whether nobody but autograd and our caller holds a gradient that an op gave to autograd.
-
-    Autograd may have put it into another sum, and a hook of the op's node may have kept it or a
-    view of it: then it is not ours to change.
-    """
-    holders = gradient._use_count()  # autograd, and Python's tensor
-    storage = torch._C._storage_Use_Count(gradient.untyped_storage()._cdata)
-    # that tensor's owner in C++, our caller, this function, and getrefcount's argument
-    return holders == 2 and storage == 2 and sys.getrefcount(gradient) <= 4
+    if gradient is None:
+        return None
+    # Autograd may have put it into another sum, and a hook of the op's node may have kept it or a
+    # view of it: then it is not ours to change. Held by autograd and by Python's tensor, and that
+    # one by its owner in C++ and by us, as `alone` is; calls count differently by Python's version
+    # and after torch.compile.
+    alone = object()
+    only_autograd_has_it = (
+        gradient._use_count() == 2
+        and torch._C._storage_Use_Count(gradient.untyped_storage()._cdata) == 2
+        and sys.getrefcount(gradient) <= sys.getrefcount(alone) + 1
+    )
+    return gradient if only_autograd_has_it else None
 
 
 class SoftmaxRows(NamedTuple):
