@@ -64,17 +64,6 @@ def test_one_gradient_is_formed():
     assert model.table.grad.is_contiguous()
 
 
-def test_one_gradient_is_formed_after_torch_compile():
-    """It stays in Python's calls, which then hold their arguments once more."""
-    try:
-        assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2)).sum() == 4
-        model = Tied()
-        loss = model(*batch())
-        assert tables_made(loss.backward) == 1
-    finally:
-        torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_the_sum_has_the_bits_of_two_gradients(dtype):
     """The table under two names is two tables to the ops, whose gradients autograd adds."""
