@@ -16,7 +16,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/
 C_FILES := '*.cpp' '*.h' '*.cu' '*.cuh'
 
 .PHONY: setup build test test-fast cuda-on-cpu mutate-cuda sanitize lint check fmt demo doctor bench bench-table bench-micro \
-        bench-t4rec gpu gpu-budget roofline nvtabular-env clean
+        bench-t4rec gpu gpu-budget roofline nox nvtabular-env clean
 
 setup: $(VENV)/.installed
 
@@ -111,6 +111,11 @@ nvtabular-env:
 	$(PIP) install -q --retries 1 $(addprefix --extra-index-url ,$(TORCH_INDEX)) -r requirements/nvtabular.txt "$(TORCH)"
 	$(PIP) install -q "cmake>=3.24" ninja "pybind11>=2.13"
 	T4R_FAST_CUDA=0 $(PIP) install -q --no-build-isolation -c requirements/nvtabular.txt .
+
+# The fast tests on every Python from 3.10 to 3.13 that is on the path; half an hour.
+nox: setup
+	$(PIP) install -q nox
+	TORCH="$(TORCH)" TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/nox --envdir .nox $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info t4r_fast/*.so
