@@ -2,6 +2,7 @@
 # the environment in .venv/ themselves.
 PYTHON ?= python3
 VENV ?= .venv
+SERVING ?= .venv-serving
 TORCH ?= torch==2.13.0
 # Without a GPU the CPU build of torch is taken where that index can be reached: it is smaller by
 # several GB. TORCH_INDEX= (empty) asks the configured indexes alone.
@@ -44,6 +45,22 @@ test: setup cuda-on-cpu
 
 test-fast: setup cuda-on-cpu
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+# Against a real Triton Inference Server, in an environment of its own: the wheel that carries the
+# server needs numpy 1. t4r_fast itself is this checkout, as `setup` has built it.
+.PHONY: test-serving
+test-serving: $(SERVING)/.installed
+	OMP_NUM_THREADS=1 T4R_FAST_REQUIRE_TRITON=1 PYTHONPATH=$(CURDIR) \
+	  $(SERVING)/bin/python -m pytest -o addopts="-q --strict-markers" tests/test_triton.py $(ARGS)
+
+$(SERVING)/.installed: $(VENV)/.installed
+	$(PYTHON) -m venv $(SERVING)
+	$(BIN)/python -c "from importlib.metadata import requires; \
+	  print(*(r.partition(';')[0] for r in requires('t4r_fast') if 'extra' not in r or 'serving' in r), \
+	  'pytest>=8', sep='\n')" > $(SERVING)/requirements.txt
+	$(SERVING)/bin/python -m pip --disable-pip-version-check install -q --retries 1 \
+	  $(addprefix --extra-index-url ,$(TORCH_INDEX)) "$(TORCH)" -r $(SERVING)/requirements.txt
+	@touch $@
 
 # The CUDA ops built by g++ to run on the CPU, without and with sanitizers, for lane cuda-on-cpu.
 cuda-on-cpu: setup
@@ -118,4 +135,4 @@ nox: setup
 	TORCH="$(TORCH)" TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/nox --envdir .nox $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info t4r_fast/*.so
+	rm -rf $(VENV) $(SERVING) build dist *.egg-info t4r_fast/*.so

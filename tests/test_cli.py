@@ -13,6 +13,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+import triton_double
 from session_files import walks, write_windows
 
 from t4r_fast import cli, compat
@@ -25,6 +26,7 @@ COMMANDS = (
     "train",
     "evaluate",
     "recommend",
+    "export",
     "tutorial",
     "bench",
     "doctor",
@@ -175,6 +177,26 @@ def test_recommend_gives_items_of_the_events(tutorial_out):
     assert "never seen in training: itemX" in stderr
     _, stderr = ran("recommend", model, "--items", "itemX", code=1)
     assert "knows none of the items itemX" in stderr
+
+
+def test_export_writes_a_repository_that_recommends_the_same(tutorial_out, tmp_path, monkeypatch):
+    model = tutorial_out[0] / "models" / "xlnet_mlm"
+    stdout, stderr = ran("export", model, "--out", tmp_path / "models", "--name", "clicks", "-k", 5)
+    assert f"wrote {tmp_path / 'models' / 'clicks'}" in stdout
+    assert f"tritonserver --model-repository={tmp_path / 'models'}" in stderr
+    served = triton_double.load(tmp_path / "models" / "clicks", monkeypatch)
+    values = [["a", "a"], ["item7", "item8"], ["2024-05-04 10:00:00", "2024-05-04 10:00:01"]]
+    sent = {
+        name: triton_double.column(column, "STRING")
+        for name, column in zip(("SessionId", "ItemId", "Time"), values)
+    }
+    (answer,) = served.execute([triton_double.Request(sent, ["items"])])
+    text = shown("recommend", model, "--items", "item7,item8", "-k", 5)
+    assert [i.decode() for i in answer.outputs["items"][0]] == re.findall(r"item\d+", text)
+    _, stderr = ran("export", model, "--out", tmp_path / "models", "--name", "clicks", code=1)
+    assert "is there already" in stderr
+    _, stderr = ran("export", tmp_path, "--out", tmp_path / "b", code=1)
+    assert "holds no saved model" in stderr
 
 
 def test_recommend_answers_every_session_of_a_file(tutorial_out, tmp_path):

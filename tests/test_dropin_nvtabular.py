@@ -8,7 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import serving_case
 import torch
+import triton_double
 import tutorial_cells
 
 import t4r_fast
@@ -244,7 +246,29 @@ def test_names():
         importlib.import_module("nvtabular.ops")
 
 
-def test_export_is_not_there_yet(tmp_path):
-    with pytest.raises(NotImplementedError, match="does not export to Triton Inference Server yet"):
-        export_pytorch_ensemble(None, None, {}, "t4r_pytorch", str(tmp_path), label_columns=[])
-    assert list(tmp_path.iterdir()) == []
+def test_export(tmp_path, monkeypatch):
+    events, workflow = serving_case.shop(str(tmp_path))
+    model = serving_case.make_model(workflow)
+    given = {"sparse_max": {ITEM: 5}, "name": "t4r_pytorch", "model_path": str(tmp_path / "models")}
+    for _ in range(2):  # an earlier one is replaced
+        assert export_pytorch_ensemble(model, workflow, label_columns=[], **given) is None
+    served = triton_double.load(tmp_path / "models" / "t4r_pytorch", monkeypatch)
+    new = serving_case.latest(events, 3)
+    kinds = {"user_session": "STRING", "product_id": "INT64", "event_time": "STRING"}
+    sent = {name: triton_double.column(new[name], kind) for name, kind in kinds.items()}
+    (answer,) = served.execute([triton_double.Request(sent, ["output"])])
+    with torch.no_grad():
+        expected = model({ITEM: newest(serving_case.lists(new, workflow)[ITEM], 5)})
+    assert torch.equal(torch.from_numpy(answer.outputs["output"]), expected)
+    with pytest.raises(InputError, match="sparse_max must give one length"):
+        export_pytorch_ensemble(model, workflow, **{**given, "sparse_max": {ITEM: 5, "b": 6}})
+    with pytest.raises(InputError, match="sparse_max has no length for"):
+        export_pytorch_ensemble(model, workflow, **{**given, "sparse_max": {"b": 6}})
+    with pytest.warns(CompatWarning, match="cats has no effect"):
+        export_pytorch_ensemble(model, workflow, cats=[ITEM], **given)
+
+
+def newest(items, length):
+    """(B, length): the last items of each row, pads behind them."""
+    rows = [row[row != 0][-length:] for row in items]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

@@ -76,15 +76,9 @@ def _constant(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.Expr)
 
 
-def run(cells: list[str], folder: Path, raising: str | None = None, **environment: str) -> list:
-    """Run the cells as one notebook, in this folder; returns them with their outputs.
-
-    The cell that holds the text `raising` may raise an error; no other one may.
-    """
+def run(cells: list[str], folder: Path, **environment: str) -> list:
+    """Run the cells as one notebook, in this folder; returns them with their outputs."""
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
-    for cell in notebook.cells:
-        if raising is not None and raising in cell.source:
-            cell.metadata["tags"] = ["raises-exception"]
     client = NotebookClient(
         notebook,
         timeout=600,
@@ -107,9 +101,3 @@ def shown(cells: list) -> str:
     """What the cells displayed, as HTML where they have it."""
     data = [output.data for cell in cells for output in cell.outputs if "data" in output]
     return "\n".join(d.get("text/html", d.get("text/plain", "")) for d in data)
-
-
-def errors(cells: list) -> list[tuple[str, str]]:
-    """Name and message of the errors that cells raised."""
-    outputs = [output for cell in cells for output in cell.outputs]
-    return [(o.ename, o.evalue) for o in outputs if o.output_type == "error"]

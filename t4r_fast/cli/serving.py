@@ -1,9 +1,9 @@
-"""Commands that use a saved model: evaluate, recommend."""
+"""Commands that use a saved model: evaluate, recommend, export."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -13,11 +13,15 @@ from t4r_fast.cli.console import notes, results
 from t4r_fast.cli.options import EvalBatchSize, SchemaFile, Split, listed, quiet
 from t4r_fast.errors import InputError
 
+if TYPE_CHECKING:
+    from t4r_fast.torch import Model
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module to the app."""
     app.command()(evaluate)
     app.command()(recommend)
+    app.command()(export)
 
 
 def evaluate(
@@ -104,6 +108,67 @@ def recommend(
             if value is not None:
                 table.add_row(str(key) if rank == 1 else "", str(rank), str(value), f"{score:.4f}")
     results.print(table)
+
+
+def export(
+    model: Annotated[
+        Path, typer.Argument(help="A saved model: OUT/models/xlnet_mlm, or of Model.save.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The model repository.")],
+    workflow: Annotated[
+        Path | None,
+        typer.Option(help="The ETL's workflow. Default: OUT/data/workflow of the model's OUT."),
+    ] = None,
+    name: Annotated[str, typer.Option(help="Name of the served model.")] = "t4r_fast",
+    sessions: Annotated[
+        str, typer.Option(help="What requests hold: events, or encoded sessions, ragged or padded.")
+    ] = "events",
+    k: Annotated[int, typer.Option("-k", help="How many items to recommend.")] = 20,
+    exclude_seen: Annotated[
+        bool, typer.Option("--exclude-seen", help="Never recommend an item of the session itself.")
+    ] = False,
+    all_scores: Annotated[
+        bool, typer.Option("--all-scores", help="Also an output with the scores of all items.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT/NAME.")] = False,
+) -> None:
+    """Write a model repository for NVIDIA Triton Inference Server.
+
+    Example: [bold]t4r-fast export OUT/models/xlnet_mlm --out repository --name shop[/bold]
+    """
+    from t4r_fast import serving
+    from t4r_fast.etl import Workflow
+
+    quiet()
+    loaded = _loaded(model)
+    fitted = Workflow.load(workflow if workflow is not None else _workflow_of(model))
+    folder = serving.export(
+        loaded,
+        fitted,
+        out,
+        name,
+        sessions=sessions,
+        top_k=k,
+        exclude_seen=exclude_seen,
+        all_scores=all_scores,
+        overwrite=overwrite,
+    )
+    results.print(f"wrote {folder}", soft_wrap=True, highlight=False)
+    notes.print(
+        f"serve it with: tritonserver --model-repository={out.resolve()}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _loaded(folder: Path) -> Model:
+    """A model of the tutorial's runs, or one of Model.save."""
+    from t4r_fast.torch.model.stored import load_model
+    from t4r_fast.tutorial import saved_model
+
+    if (folder / "config.json").is_file():
+        return saved_model.load(folder).model
+    return load_model(folder)
 
 
 def _workflow_of(model: Path) -> Path:

@@ -12,7 +12,7 @@ from torch import nn
 
 from t4r_fast.compat import get_compat, warn_once
 from t4r_fast.schema import ColumnSchema, IntDomain, Schema, Tags, ValueCount
-from t4r_fast.torch.model import fitting, stored
+from t4r_fast.torch.model import fitting, recommending, stored
 from t4r_fast.torch.model.head import Head, reduced
 from t4r_fast.torch.model.prediction_task import NextItemPredictionTask
 from t4r_fast.torch.model.task import PredictionTask
@@ -108,6 +108,29 @@ class Model(nn.Module):
             "labels": _one_or_all(labels),
             "predictions": _one_or_all(predictions),
         }
+
+    def recommend(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        top_k: int = 20,
+        *,
+        recommend_from: int | None = None,
+        recommend_seen: bool | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best next items of each session, without dropout and gradients.
+
+        inputs          as for forward(): padded columns, or ragged `x__values` and `x__offsets`
+        top_k           1 to 128
+        recommend_from  the lowest item id to recommend; 3 leaves out padding and the ids of
+                        missing and unknown items. None: as the task was built
+        recommend_seen  False: no item of the session itself. None: as the task was built
+        returns         scores (B, top_k) float32 and ids (B, top_k) int64, best first, equal scores
+                        by id; where fewer items are left score -inf and id -1
+
+        Ids outside a table, missing columns, sessions without items and columns of different shapes
+        raise InputError with the column's name. One call at a time: a model keeps its last batch.
+        """
+        return recommending.recommend(self, inputs, top_k, recommend_from, recommend_seen)
 
     # -- metrics ---------------------------------------------------------------------------------
 

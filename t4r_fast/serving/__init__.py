@@ -1,0 +1,12 @@
+"""From a trained model to answers: raw events in, products out; export for Triton.
+
+from t4r_fast import serving
+
+serving.Recommender(model, workflow).recommend(events)
+serving.export(model, workflow, "models", name="shop")
+"""
+
+from t4r_fast.serving.recommender import Recommendations, Recommender
+from t4r_fast.serving.repository import export
+
+__all__ = ["Recommendations", "Recommender", "export"]
