@@ -59,7 +59,8 @@ $(SERVING)/.installed: $(VENV)/.installed
 	  print(*(r.partition(';')[0] for r in requires('t4r_fast') if 'extra' not in r or 'serving' in r), \
 	  'pytest>=8', sep='\n')" > $(SERVING)/requirements.txt
 	$(SERVING)/bin/python -m pip --disable-pip-version-check install -q --retries 1 \
-	  $(addprefix --extra-index-url ,$(TORCH_INDEX)) "$(TORCH)" -r $(SERVING)/requirements.txt
+	  $(addprefix --extra-index-url ,$(TORCH_INDEX)) "$(TORCH)" "numpy<2"
+	$(SERVING)/bin/python -m pip --disable-pip-version-check install -q -r $(SERVING)/requirements.txt
 	@touch $@
 
 # The CUDA ops built by g++ to run on the CPU, without and with sanitizers, for lane cuda-on-cpu.

@@ -27,6 +27,7 @@ COMMANDS = (
     "evaluate",
     "recommend",
     "export",
+    "serve",
     "tutorial",
     "bench",
     "doctor",

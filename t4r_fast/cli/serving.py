@@ -1,4 +1,4 @@
-"""Commands that use a saved model: evaluate, recommend, export."""
+"""Commands that use a saved model: evaluate, recommend, export, serve."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def register(app: typer.Typer) -> None:
     app.command()(evaluate)
     app.command()(recommend)
     app.command()(export)
+    app.command()(serve)
 
 
 def evaluate(
@@ -159,6 +160,35 @@ def export(
         soft_wrap=True,
         highlight=False,
     )
+
+
+def serve(
+    model: Annotated[
+        Path, typer.Argument(help="A saved model: OUT/models/xlnet_mlm, or of Model.save.")
+    ],
+    workflow: Annotated[
+        Path | None,
+        typer.Option(help="The ETL's workflow. Default: OUT/data/workflow of the model's OUT."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address; 0.0.0.0 answers other machines.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
+) -> None:
+    """Serve recommendations over HTTP, with a page to try them; no Triton needed.
+
+    Example: [bold]t4r-fast serve OUT/models/xlnet_mlm --port 8000[/bold]
+    """
+    from t4r_fast.etl import Workflow
+    from t4r_fast.serving import Recommender
+    from t4r_fast.serving.web import create_app
+
+    quiet()
+    fitted = Workflow.load(workflow if workflow is not None else _workflow_of(model))
+    app = create_app(Recommender(_loaded(model), fitted))
+    import uvicorn  # after create_app, which says what is missing
+
+    uvicorn.run(app, host=host, port=port)
 
 
 def _loaded(folder: Path) -> Model:
