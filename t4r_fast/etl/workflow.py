@@ -93,6 +93,35 @@ class Workflow:
         fitter.add_recency(clean)
         return fitter.workflow(SessionRules(**rules))  # type: ignore[arg-type]
 
+    def update(self, events: Inputs | pl.DataFrame | pl.LazyFrame) -> Workflow:
+        """A workflow that also knows the products, categories and brands of later events.
+
+        events   files, a folder or a frame with the columns that this workflow was fitted on; in
+                 memory
+        returns  a new Workflow; this one stays as it is
+
+        Old values keep their ids; new ones follow behind them by falling count, equal counts by
+        value. Counts are those of all events. What scales the features stays as it was fitted, as a
+        model has learned it: means and deviations, old first_seen and price_mean. Ids are then no
+        longer in the order of popularity throughout, which sampler="log_uniform" assumes.
+        Raises InputError as `t4r_fast.etl.run` does, and on ids of another kind than the old ones.
+        """
+        source = open_events(events, {**dict.fromkeys(OPTIONAL, ""), **self.columns})
+        for role, known in self.vocabularies.items():
+            kind = "int" if known["value"].dtype.is_integer() else "text"
+            if kind == "int" and source.kinds[role] == "text":
+                raise InputError(
+                    f"update: column {self.columns[role]!r} holds text, and the workflow was fitted"
+                    " on whole numbers"
+                )
+            source.kinds[role] = kind
+        clean = f.sort_and_drop_repeats(_in_memory(source))
+        fitter = Fitter(source.roles)
+        fitter.add(clean)
+        fitter.make_vocabularies()
+        merged = {r: _extended(v, fitter.vocabularies[r]) for r, v in self.vocabularies.items()}
+        return dataclasses.replace(self, vocabularies=merged, ranges={})
+
     # -- applying --------------------------------------------------------------------------------
 
     def transform(
@@ -259,6 +288,19 @@ class Workflow:
             raise InputError(f"{path}: the saved workflow is damaged ({e!r}); run it again") from e
 
 
+def _extended(old: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame:
+    """`old` with the counts of both, then the values that only `new` has."""
+    new = new.cast({"value": old.schema["value"]})
+    counts = old.select("value").join(
+        new.select("value", "count"), on="value", how="left", maintain_order="left"
+    )["count"]
+    old = old.with_columns(count=old["count"] + counts.fill_null(0))
+    added = new.join(old.select("value"), on="value", how="anti", maintain_order="left")
+    first = old.height + f.FIRST_ID
+    added = added.with_columns(id=pl.int_range(first, first + added.height, dtype=pl.Int64))
+    return pl.concat([old, added.select(old.columns).cast(dict(old.schema))])
+
+
 def _in_memory(source: EventSource) -> pl.DataFrame:
     parts = list(source.batches())
     if not parts:
@@ -282,7 +324,7 @@ class Fitter:
         if has("brand"):
             self._counts["brand"] = ValueCounts()
         self._prices_of_all = Moments()
-        self._vocabularies: dict[str, pl.DataFrame] = {}
+        self.vocabularies: dict[str, pl.DataFrame] = {}
         self._null_price: float | None = None
         self.nulls: dict[str, int] = {}
 
@@ -311,10 +353,10 @@ class Fitter:
                 self._null_price = None if null_mean.is_empty() else float(null_mean[0])
                 table = table.with_columns(mean.alias("price_mean"))
             named = ("value", "id", "count", "first_seen", "price_mean")
-            self._vocabularies[role] = table.select(c for c in named if c in table.columns)
+            self.vocabularies[role] = table.select(c for c in named if c in table.columns)
 
     def add_recency(self, clean: pl.DataFrame) -> None:
-        items = self._vocabularies["item"]
+        items = self.vocabularies["item"]
         first_seen = f.lookup(f.encode(clean["item"], items), items, "first_seen")
         self._recency.add(f.recency_log(clean["time"], first_seen).to_numpy())
 
@@ -327,4 +369,4 @@ class Fitter:
             means = {"all": everywhere}
             means["null"] = everywhere if self._null_price is None else self._null_price
         columns = {r: c for r, c in self.roles.columns.items() if r != "event_type"}
-        return Workflow(columns, rules, self._vocabularies, moments, means)
+        return Workflow(columns, rules, self.vocabularies, moments, means)

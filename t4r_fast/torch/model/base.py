@@ -12,7 +12,7 @@ from torch import nn
 
 from t4r_fast.compat import get_compat, warn_once
 from t4r_fast.schema import ColumnSchema, IntDomain, Schema, Tags, ValueCount
-from t4r_fast.torch.model import fitting, recommending, stored
+from t4r_fast.torch.model import fitting, growing, recommending, stored
 from t4r_fast.torch.model.head import Head, reduced
 from t4r_fast.torch.model.prediction_task import NextItemPredictionTask
 from t4r_fast.torch.model.task import PredictionTask
@@ -212,6 +212,22 @@ class Model(nn.Module):
         if targets is not None:
             warn_once("Model.evaluate targets", "targets has no effect: batches bring theirs")
         return fitting.evaluate(self, dataloader, training, testing, verbose, mode)
+
+    # -- new items -------------------------------------------------------------------------------
+
+    def grow_items(self, items: Schema | int) -> Model:
+        """This model with more rows in its tables, for products that came after training.
+
+        items    a schema with the new numbers of every id column, such as that of
+                 Workflow.update(...).schema(), or the new number of item ids (rows)
+        returns  a new Model; this one stays as it is
+
+        Old ids keep their vectors, so scores of old items do not change. Each component of a new
+        row is drawn from a normal distribution with the mean and deviation of the old rows, by
+        torch's generator; a new bias is their mean. Give the new model an optimizer or Trainer of
+        its own. Raises InputError where a table would shrink, or the model cannot be saved.
+        """
+        return growing.grow_items(self, items)
 
     # -- files -----------------------------------------------------------------------------------
 
