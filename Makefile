@@ -46,17 +46,23 @@ test: setup cuda-on-cpu
 test-fast: setup cuda-on-cpu
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
-# Against a real Triton Inference Server, in an environment of its own: the wheel that carries the
+# Against a real Triton Inference Server and onnxruntime, in an environment of its own: the wheel that carries the
 # server needs numpy 1. t4r_fast itself is this checkout, as `setup` has built it.
 .PHONY: test-serving
 test-serving: $(SERVING)/.installed
 	OMP_NUM_THREADS=1 T4R_FAST_REQUIRE_TRITON=1 PYTHONPATH=$(CURDIR) \
-	  $(SERVING)/bin/python -m pytest -o addopts="-q --strict-markers" tests/test_triton.py $(ARGS)
+	  $(SERVING)/bin/python -m pytest -o addopts="-q --strict-markers" tests/test_triton.py tests/test_graph.py $(ARGS)
+
+# Latency in process, over HTTP and over Triton; beside Transformers4Rec where T4R_PEER_PYTHON names
+# the python of its environment.
+.PHONY: bench-serving
+bench-serving: $(SERVING)/.installed
+	OMP_NUM_THREADS=1 POLARS_MAX_THREADS=1 PYTHONPATH=$(CURDIR) $(SERVING)/bin/python -W ignore -m benchmarks.serving $(ARGS)
 
 $(SERVING)/.installed: $(VENV)/.installed
 	$(PYTHON) -m venv $(SERVING)
 	$(BIN)/python -c "from importlib.metadata import requires; \
-	  print(*(r.partition(';')[0] for r in requires('t4r_fast') if 'extra' not in r or 'serving' in r), \
+	  print(*(r.partition(';')[0] if '\"serv' in r else r for r in requires('t4r_fast') if 'extra' not in r or '\"serv' in r), \
 	  'pytest>=8', sep='\n')" > $(SERVING)/requirements.txt
 	$(SERVING)/bin/python -m pip --disable-pip-version-check install -q --retries 1 \
 	  $(addprefix --extra-index-url ,$(TORCH_INDEX)) "$(TORCH)" "numpy<2"

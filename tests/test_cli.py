@@ -211,6 +211,18 @@ def test_recommend_answers_every_session_of_a_file(tutorial_out, tmp_path):
     assert re.search(r"^ *a +1 +item", text, re.MULTILINE)
     assert re.search(r"^ *b +1 +item", text, re.MULTILINE)
     assert len(re.findall(r"item\d+", text)) == 4
+    printed = re.findall(r"item\d+", text)
+    for suffix, read in ((".csv", pl.read_csv), (".parquet", pl.read_parquet)):
+        to = tmp_path / f"found{suffix}"
+        shown("recommend", out / "models" / "gru", "--sessions", path, "-k", 2, "--out", to)
+        found = read(to)
+        assert found["item"].to_list() == printed
+        assert found.select("session", "rank").rows() == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+        assert (found["score"].diff().gather([1, 3]) <= 0).all()
+    _, stderr = ran(
+        *("recommend", out / "models" / "gru", "--sessions", path, "--out", "found.txt"), code=1
+    )
+    assert "must end in .csv or .parquet; got found.txt" in stderr
     valid = out / "data" / "sessions_by_day" / "3" / "valid.parquet"
     text = shown("recommend", out / "models" / "gru", "--sessions", valid, "-k", 1)
     assert len(re.findall(r"item\d+", text)) == pl.read_parquet(valid).height

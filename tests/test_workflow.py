@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from t4r_fast.errors import InputError
-from t4r_fast.etl import Workflow, run
+from t4r_fast.etl import Workflow, features, run
 
 BEGIN = datetime(2019, 10, 1, tzinfo=timezone.utc)
 
@@ -187,3 +187,33 @@ def test_missing_damaged_or_newer_workflow_is_refused(tmp_path, fitted):
     state.write_text("{")
     with pytest.raises(InputError, match="no saved workflow"):
         Workflow.load(tmp_path / "w")
+
+
+@pytest.mark.parametrize("kind", ["int", "text"])
+def test_an_index_finds_the_same_ids(kind):
+    rng = np.random.default_rng(0)
+    numbers = pl.Series("value", rng.permutation(500)[:200] * 3 - 300)
+    known = numbers if kind == "int" else "p" + numbers.cast(pl.String)
+    vocabulary = pl.DataFrame({"value": known, "id": np.arange(3, 203)})
+    asked = rng.integers(-400, 1300, 1000)
+    for values in (
+        pl.Series(asked),
+        pl.Series(asked).cast(pl.String),
+        "p" + pl.Series(asked).cast(pl.String),
+        pl.Series([None, *known.to_list()[:3], None]),
+        pl.Series([None], dtype=pl.String),
+        known.head(0),
+    ):
+        expected = features.encode(values, vocabulary)
+        assert features.Index(vocabulary).encode(values).equals(expected)
+    assert (features.Index(vocabulary).encode(known) == vocabulary["id"]).all()
+    none = features.Index(vocabulary.head(0)).encode(pl.Series([1, None]).cast(known.dtype))
+    assert none.to_list() == [2, 1]
+
+
+def test_an_indexed_workflow_transforms_alike(fitted):
+    indexed = Workflow.fit(SEEN, min_length=2)
+    indexed.index()
+    new = events([("x", 10, 300_000, 1, "new", 1.0), ("x", 99, 300_060, 7, None, None)])
+    for frame in (SEEN, new):
+        assert indexed.transform(frame, 1).equals(fitted.transform(frame, 1))

@@ -14,6 +14,8 @@ from t4r_fast.cli.options import EvalBatchSize, SchemaFile, Split, listed, quiet
 from t4r_fast.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from t4r_fast.torch import Model
 
 
@@ -77,6 +79,10 @@ def recommend(
     exclude_seen: Annotated[
         bool, typer.Option("--exclude-seen", help="Never recommend an item of the session itself.")
     ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Write session, rank, item, score to .csv or .parquet."),
+    ] = None,
 ) -> None:
     """Recommend the next items of a session, as item ids of the events with scores.
 
@@ -88,6 +94,8 @@ def recommend(
     quiet()
     if (items is None) == (sessions is None):
         raise InputError("give either --items ID,ID,... or --sessions FILE")
+    if out is not None and out.suffix not in (".csv", ".parquet"):
+        raise InputError(f"out: the file must end in .csv or .parquet; got {out}")
     saved = saved_model.load(model)
     fitted = Workflow.load(workflow if workflow is not None else _workflow_of(model))
     if items is not None:
@@ -100,7 +108,11 @@ def recommend(
         given = serving.sessions_of_file(saved, fitted, sessions)
     ids, scores = serving.recommend(saved, given, k, exclude_seen=exclude_seen)
     named = "user_session" in given.columns
-    keys = given["user_session"].to_list() if named else range(1, len(ids) + 1)
+    keys = given["user_session"].to_list() if named else list(range(1, len(ids) + 1))
+    if out is not None:
+        _write(out, keys, [fitted.items(row) for row in ids], scores)
+        results.print(f"wrote {out}", soft_wrap=True, highlight=False)
+        return
     table = Table(box=SIMPLE_HEAD)
     for heading in ("session", "rank", "item", "score"):
         table.add_column(heading, justify="left" if heading == "session" else "right")
@@ -109,6 +121,22 @@ def recommend(
             if value is not None:
                 table.add_row(str(key) if rank == 1 else "", str(rank), str(value), f"{score:.4f}")
     results.print(table)
+
+
+def _write(out: Path, keys: list, items: list[list], scores: np.ndarray) -> None:
+    import polars as pl
+
+    rows = [
+        (key, rank, item, score)
+        for key, row, row_scores in zip(keys, items, scores.tolist())
+        for rank, (item, score) in enumerate(zip(row, row_scores), 1)
+        if item is not None
+    ]
+    frame = pl.DataFrame(rows, schema=["session", "rank", "item", "score"], orient="row")
+    if out.suffix == ".csv":
+        frame.write_csv(out)
+    else:
+        frame.write_parquet(out)
 
 
 def export(

@@ -69,6 +69,9 @@ class Workflow:
     moments: dict[str, tuple[float, float]]
     price_means: dict[str, float]
     ranges: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    _indices: dict[str, f.Index] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     # -- fitting ---------------------------------------------------------------------------------
 
@@ -168,7 +171,7 @@ class Workflow:
 
     def _features(self, clean: pl.DataFrame) -> list[pl.Series]:
         items = self.vocabularies["item"]
-        ids = {r: f.encode(clean[r], v) for r, v in self.vocabularies.items()}
+        ids = {r: self._encoded(r, clean[r]) for r in self.vocabularies}
         sine, cosine = f.weekday_cycle(clean["time"])
         recency = f.recency_log(clean["time"], f.lookup(ids["item"], items, "first_seen"))
         made = {
@@ -186,6 +189,10 @@ class Workflow:
         floats = [n for n in names if n not in CATEGORICAL]
         return [made[n].cast(pl.Float32 if n in floats else pl.Int64).alias(n) for n in names]
 
+    def _encoded(self, role: str, values: pl.Series) -> pl.Series:
+        index = self._indices.get(role)
+        return f.encode(values, self.vocabularies[role]) if index is None else index.encode(values)
+
     def _standardised(self, name: str, values: pl.Series) -> pl.Series:
         mean, deviation = self.moments[name]
         return ((values - mean) / deviation).fill_null(0.0)
@@ -197,6 +204,11 @@ class Workflow:
             pl.when(ids == f.NULL).then(null_mean).otherwise(self.price_means["all"])
         ).to_series()
         return pl.select(pl.coalesce(means, without)).to_series()
+
+    def index(self) -> None:
+        """Sort the vocabularies once, so that transform() of few events takes a time that hardly
+        depends on the number of products. For serving; of many events at once it is slower."""
+        self._indices = {role: f.Index(v) for role, v in self.vocabularies.items()}
 
     # -- ids -------------------------------------------------------------------------------------
 

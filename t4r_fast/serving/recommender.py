@@ -193,8 +193,10 @@ def needed_part(model: Model, workflow: Workflow) -> Workflow:
                 f"column {column!r}: the model's table has {table.weight.shape[0]} rows and the"
                 f" workflow {rows} ids of role {role}: they are of different ETL runs"
             )
-    return dataclasses.replace(
+    part = dataclasses.replace(
         workflow,
         columns={r: c for r, c in workflow.columns.items() if r in roles},
         vocabularies={r: v for r, v in workflow.vocabularies.items() if r in roles},
     )
+    part.index()
+    return part

@@ -154,7 +154,10 @@ class TransformerBlock(BlockBase):
         # attention takes no mask beside its own.
         looks_back = getattr(self.transformer.config, "attn_type", None) == "uni"
         if not self.attend_padding and not looks_back:
-            arguments["attention_mask"] = self.masking.attention_mask().long()
+            mask = self.masking.attention_mask()
+            # XLNet subtracts it from 1.0, which the exporter to ONNX takes of floats alone
+            is_xlnet = self.transformer.config.model_type == "xlnet"
+            arguments["attention_mask"] = mask.float() if is_xlnet else mask.long()
         outputs = self.transformer(**{n: a for n, a in arguments.items() if n in self._takes})
         return self.output_fn(outputs)
 

@@ -328,7 +328,7 @@ class NextItemPredictionTask(PredictionTask):
         # rows: the flat position at which each session's prediction is read; -1 for empty sessions
         rows = self.masking.rows[: inputs.shape[0]].clamp(min=0)
         hidden = self._hidden(inputs.reshape(-1, inputs.shape[-1])[rows])
-        items, bias, excluded = self.pre.module.items, self._bias, self._excluded(len(rows))
+        items, bias, excluded = self.pre.module.items, self._bias, self._excluded(rows.shape[0])
         if top_k is not None:
             temperature = self.softmax_temperature
             return item_topk(

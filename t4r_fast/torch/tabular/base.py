@@ -110,7 +110,7 @@ class TabularAggregation(_Sized, nn.Module):
     def _get_seq_features_shapes(self, sizes: Sizes) -> tuple[Sizes, int]:
         """(B, L) of the features with positions, and L; 0 when there are none."""
         leading = {name: tuple(size[:2]) for name, size in sizes.items() if len(size) >= 3}
-        if len(set(leading.values())) > 1:
+        if _differ(leading.values()):
             raise ValueError(
                 f"{type(self).__name__}: features of a sequence must share (sessions, positions);"
                 f" got {sizes}"
@@ -119,7 +119,7 @@ class TabularAggregation(_Sized, nn.Module):
 
     def _check_concat_shapes(self, inputs: TabularData) -> None:
         """Raises ValueError unless all axes but the last agree."""
-        if len({v.shape[:-1] for v in inputs.values()}) > 1:
+        if _differ(v.shape[:-1] for v in inputs.values()):
             shapes = {k: tuple(v.shape) for k, v in inputs.items()}
             raise ValueError(
                 f"{type(self).__name__}: features must agree in all axes but the last; got {shapes}"
@@ -468,3 +468,9 @@ class AsTabular(TabularBlock):
 def merge_tabular(self: nn.Module, other: nn.Module) -> MergeTabular:
     """Both on the same inputs, their dicts of outputs merged."""
     return MergeTabular(self, other)
+
+
+def _differ(shapes: Iterable[Any]) -> bool:
+    """Whether shapes are not all alike; of an exported model they cannot stand in a set."""
+    shapes = list(shapes)
+    return any(shape != shapes[0] for shape in shapes[1:])
