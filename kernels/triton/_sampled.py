@@ -1,7 +1,9 @@
 """Device code that forward and backward of sampled_softmax_loss share.
 
 A candidate's logit is z = product / temperature - offset; its float64 offset holds the bias and the
-log of how often the candidate is drawn. A candidate that is the row's target is treated by HIT.
+log of how often the candidate is drawn. Loops take it as two numbers whose sum it is: float64
+arithmetic has 1/64 of the rate on some GPUs. HIT says what becomes of a candidate that is the
+row's target.
 """
 
 from __future__ import annotations
@@ -57,13 +59,23 @@ def offsets(
     return found
 
 
+@triton.jit
+def split_float64(x, SUM: tl.constexpr):
+    """Two numbers of type SUM whose sum is x."""
+    high = x.to(SUM)
+    rest = x - high.to(tl.float64)
+    return high, tl.where(rest == rest, rest, 0.0).to(SUM)  # infinite: no rest
+
+
 @_tuning.unfused
 @triton.jit
 def _candidates_kernel(
     seed_ptr,
     ids_ptr,
-    offset_ptr,
-    hit_offset_ptr,
+    high_ptr,
+    low_ptr,
+    hit_high_ptr,
+    hit_low_ptr,
     bias_ptr,
     cumulative_ptr,
     total,
@@ -82,48 +94,43 @@ def _candidates_kernel(
     HIT: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Ids of all sets of K draws, and their offsets."""
+    """Ids of all sets of K draws, and the parts of their offsets."""
     at = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = at < total
     ids = draw_items(seed_ptr, at // K, at % K, cumulative_ptr, V, low, log_size, steps, SAMPLER)
     tl.store(ids_ptr + at, ids, mask=inside)
-    if offset_ptr is not None:
+    if high_ptr is not None:
         found = offsets(
             ids, inside, bias_ptr, cumulative_ptr, V, low, log_size, log_count, log_range,
             temperature, stride_bias, HAS_BIAS, SAMPLER, KIND,
         )  # fmt: skip
-        tl.store(offset_ptr + at, found, mask=inside)
+        high, rest = split_float64(found, high_ptr.dtype.element_ty)
+        tl.store(high_ptr + at, high, mask=inside)
+        tl.store(low_ptr + at, rest, mask=inside)
     if HIT == OFFSET:
         found = offsets(
             ids, inside, bias_ptr, cumulative_ptr, V, low, log_size, log_count, log_range,
             temperature, stride_bias, HAS_BIAS, SAMPLER, _LOG1P,
         )  # fmt: skip
-        tl.store(hit_offset_ptr + at, found, mask=inside)
-
-
-@triton.jit
-def split_float64(x, SUM: tl.constexpr):
-    """Two numbers of type SUM whose sum is x."""
-    high = x.to(SUM)
-    rest = x - high.to(tl.float64)
-    return high, tl.where(rest == rest, rest, 0.0).to(SUM)  # infinite: no rest
+        high, rest = split_float64(found, hit_high_ptr.dtype.element_ty)
+        tl.store(hit_high_ptr + at, high, mask=inside)
+        tl.store(hit_low_ptr + at, rest, mask=inside)
 
 
 @triton.jit
 def candidate_logits(
     product,
-    offset,
-    hit_offset,
+    high,
+    low,
+    hit_high,
+    hit_low,
     hit,
     scale,
     hit_value,
-    SUM: tl.constexpr,
     HIT: tl.constexpr,
 ):
-    """Logits of products; offset, hit_offset and hit broadcast with them."""
-    high, low = split_float64(offset, SUM)
+    """Logits of products; the parts of offsets, and hit, broadcast with them."""
     if HIT == OFFSET:
-        hit_high, hit_low = split_float64(hit_offset, SUM)
         high = tl.where(hit, hit_high, high)
         low = tl.where(hit, hit_low, low)
     z = product * scale - high - low

@@ -35,9 +35,12 @@ def _sampled_softmax_loss_bwd_kernel(
     source_ptr,
     wanted_ptr,
     ids_ptr,
-    offset_ptr,
-    hit_offset_ptr,
-    lse_ptr,
+    high_ptr,
+    low_ptr,
+    hit_high_ptr,
+    hit_low_ptr,
+    lse_high_ptr,
+    lse_low_ptr,
     scaled_ptr,
     partial_ptr,
     dbias_ptr,
@@ -65,7 +68,7 @@ def _sampled_softmax_loss_bwd_kernel(
     """dz.T @ hidden of a tile of a set's candidates and a part of the set's rows.
 
     source  (M,) row of hidden, -1 where an entry takes no part
-    scaled  (M,) float64 d loss / temperature
+    scaled  (M,) d loss / temperature
     """
     set_ = tl.program_id(0) // tiles
     k = tl.program_id(0) % tiles * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -73,10 +76,12 @@ def _sampled_softmax_loss_bwd_kernel(
     there = k < K
     at = set_.to(tl.int64) * K + k
     ids = tl.load(ids_ptr + at, mask=there, other=0)
-    offset = tl.load(offset_ptr + at, mask=there, other=float("inf"))
-    hit_offset = offset
+    high = tl.load(high_ptr + at, mask=there, other=float("inf"))
+    low = tl.load(low_ptr + at, mask=there, other=0.0)
+    hit_high, hit_low = high, low
     if HIT == OFFSET:
-        hit_offset = tl.load(hit_offset_ptr + at, mask=there, other=float("inf"))
+        hit_high = tl.load(hit_high_ptr + at, mask=there, other=float("inf"))
+        hit_low = tl.load(hit_low_ptr + at, mask=there, other=0.0)
     scale = (1.0 / float64_of(temperature)).to(SUM)
     constant = float64_of(hit_value).to(SUM)
     items = load_rows(items_ptr, ids, there, stride_items, 0, D, BLOCK_D)
@@ -102,14 +107,15 @@ def _sampled_softmax_loss_bwd_kernel(
                 )  # fmt: skip
             hidden = load_rows(hidden_ptr, source, kept, stride_hidden, column, D, BLOCK_D)
         wanted = tl.load(wanted_ptr + entry, mask=kept, other=-1)
-        hit = (ids[:, None] == wanted[None, :]) & (offset < float("inf"))[:, None]
+        hit = (ids[:, None] == wanted[None, :]) & (high < float("inf"))[:, None]
         z = candidate_logits(
-            product, offset[:, None], hit_offset[:, None], hit, scale[:, None], constant[:, None],
-            SUM, HIT,
+            product, high[:, None], low[:, None], hit_high[:, None], hit_low[:, None], hit,
+            scale[:, None], constant[:, None], HIT,
         )  # fmt: skip
-        high, low = split_float64(tl.load(lse_ptr + entry, mask=kept, other=0.0), SUM)
-        weight = tl.load(scaled_ptr + entry, mask=kept, other=0.0).to(SUM)
-        dz = tl.exp2((z - high[None, :] - low[None, :]) * _LOG2E) * weight[None, :]
+        lse_high = tl.load(lse_high_ptr + entry, mask=kept, other=0.0)
+        lse_low = tl.load(lse_low_ptr + entry, mask=kept, other=0.0)
+        weight = tl.load(scaled_ptr + entry, mask=kept, other=0.0)
+        dz = tl.exp2((z - lse_high[None, :] - lse_low[None, :]) * _LOG2E) * weight[None, :]
         if HIT == CONSTANT:
             dz = tl.where(hit, 0.0, dz)
         dz = tl.where(kept[None, :], dz, 0.0)
@@ -240,7 +246,8 @@ def _draw_sums_kernel(
     source_ptr,
     wanted_ptr,
     weight_ptr,
-    lse_ptr,
+    lse_high_ptr,
+    lse_low_ptr,
     scaled_ptr,
     bias_ptr,
     cumulative_ptr,
@@ -296,12 +303,14 @@ def _draw_sums_kernel(
         item, filled, bias_ptr, cumulative_ptr, V, low, log_size, log_count, log_range,
         temperature, stride_bias, HAS_BIAS, SAMPLER, KIND,
     )[:, None]  # fmt: skip
-    hit_offset = offset
+    high, low_ = split_float64(offset, SUM)
+    hit_high, hit_low = high, low_
     if HIT == OFFSET:
-        hit_offset = offsets(
+        offset = offsets(
             item, filled, bias_ptr, cumulative_ptr, V, low, log_size, log_count, log_range,
             temperature, stride_bias, HAS_BIAS, SAMPLER, TARGET_KIND,
         )[:, None]  # fmt: skip
+        hit_high, hit_low = split_float64(offset, SUM)
     for step in range(0, most, BLOCK_E):
         at = begin[:, None] + step + tl.arange(0, BLOCK_E)[None, :]
         there = at < end[:, None]
@@ -320,11 +329,14 @@ def _draw_sums_kernel(
                 product += tl.sum(hidden * vector[:, None, :], 2)
             hidden = _gathered(hidden_ptr, source, there, stride_hidden, column, D, SUM, BLOCK_D)
         hit = tl.load(wanted_ptr + row, mask=there, other=-1) == item[:, None]
-        z = candidate_logits(product, offset, hit_offset, hit, scale[:, None], 0.0, SUM, HIT)
-        high, low_ = split_float64(tl.load(lse_ptr + row, mask=there, other=0.0), SUM)
-        scaled = tl.load(scaled_ptr + row, mask=there, other=0.0).to(SUM)
+        z = candidate_logits(
+            product, high, low_, hit_high, hit_low, hit, scale[:, None], 0.0, HIT
+        )  # fmt: skip
+        lse_high = tl.load(lse_high_ptr + row, mask=there, other=0.0)
+        lse_low = tl.load(lse_low_ptr + row, mask=there, other=0.0)
+        scaled = tl.load(scaled_ptr + row, mask=there, other=0.0)
         weight = tl.load(weight_ptr + row, mask=there & ~drawn, other=0.0)
-        dz = tl.where(drawn, tl.exp2((z - high - low_) * _LOG2E) * scaled, weight)
+        dz = tl.where(drawn, tl.exp2((z - lse_high - lse_low) * _LOG2E) * scaled, weight)
         dz = tl.where(there, dz, 0.0)
         sums += tl.sum(dz[:, :, None] * hidden, 1)
         of_bias += tl.sum(dz, 1)

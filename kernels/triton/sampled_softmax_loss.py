@@ -29,6 +29,7 @@ from t4r_fast.kernels._sampled import (
     _candidates_kernel,
     candidate_logits,
     offsets,
+    split_float64,
 )
 from t4r_fast.kernels._sampled_gradients import (
     Segments,
@@ -107,8 +108,10 @@ def _sampled_softmax_loss_fwd_kernel(
     rows_ptr,
     cumulative_ptr,
     ids_ptr,
-    offset_ptr,
-    hit_offset_ptr,
+    high_ptr,
+    low_ptr,
+    hit_high_ptr,
+    hit_low_ptr,
     target_offset_ptr,
     loss_ptr,
     lse_ptr,
@@ -166,7 +169,8 @@ def _sampled_softmax_loss_fwd_kernel(
         k = start + tl.arange(0, BLOCK_K)
         there = k < K
         ids = tl.load(ids_ptr + first + k, mask=there, other=0)
-        offset = tl.load(offset_ptr + first + k, mask=there, other=float("inf"))
+        high = tl.load(high_ptr + first + k, mask=there, other=float("inf"))
+        low_ = tl.load(low_ptr + first + k, mask=there, other=0.0)
         items = load_rows(items_ptr, ids, there, stride_items, 0, D, BLOCK_D)
         product = tl.dot(
             hidden.to(DOT), tl.trans(items.to(DOT)), input_precision=PRECISION, out_dtype=SUM
@@ -180,13 +184,14 @@ def _sampled_softmax_loss_fwd_kernel(
                     input_precision=PRECISION, out_dtype=SUM,
                 )  # fmt: skip
             items = load_rows(items_ptr, ids, there, stride_items, column, D, BLOCK_D)
-        hit = (ids[None, :] == wanted[:, None]) & (offset < float("inf"))[None, :]
-        hit_offset = offset
+        hit = (ids[None, :] == wanted[:, None]) & (high < float("inf"))[None, :]
+        hit_high, hit_low = high, low_
         if HIT == OFFSET:
-            hit_offset = tl.load(hit_offset_ptr + first + k, mask=there, other=float("inf"))
+            hit_high = tl.load(hit_high_ptr + first + k, mask=there, other=float("inf"))
+            hit_low = tl.load(hit_low_ptr + first + k, mask=there, other=0.0)
         z = candidate_logits(
-            product, offset[None, :], hit_offset[None, :], hit, scale[:, None],
-            constant[:, None], SUM, HIT,
+            product, high[None, :], low_[None, :], hit_high[None, :], hit_low[None, :], hit,
+            scale[:, None], constant[:, None], HIT,
         )  # fmt: skip
         above = tl.maximum(top, tl.max(z, 1))
         shift = tl.where(above == -float("inf"), 0.0, above)
@@ -314,7 +319,11 @@ def _sampled_softmax_loss_rows_fwd_kernel(
                 items = _gathered(items_ptr, ids, there, stride_items, d, D, SUM, BLOCK_D)
                 product += tl.sum(part[:, None, :] * items, 2)
             items = _gathered(items_ptr, ids, there, stride_items, column, D, SUM, BLOCK_D)
-        z = candidate_logits(product, offset, hit_offset, hit, scale[:, None], 0.0, SUM, HIT)
+        high, low_ = split_float64(offset, SUM)
+        hit_high, hit_low = split_float64(hit_offset, SUM)
+        z = candidate_logits(
+            product, high, low_, hit_high, hit_low, hit, scale[:, None], 0.0, HIT
+        )  # fmt: skip
         above = tl.maximum(top, tl.max(z, 1))
         shift = tl.where(above == -float("inf"), 0.0, above)
         p = tl.exp2((z - shift[:, None]) * _LOG2E)
@@ -363,23 +372,30 @@ def _by_width(make: Callable[[int], Config], **limits: Any) -> tuple[Entry, ...]
     )
 
 
+def _fwd(warps: int, **blocks: int) -> Callable[[int], Config]:
+    """Tiles of the forward pass by D bucket: chunks of 64 where larger ones spill."""
+
+    def make(d: int) -> Config:
+        if d == 128:
+            return config(4, 2, BLOCK_N=64, BLOCK_K=32, BLOCK_D=64)
+        return config(warps, 2, **blocks, BLOCK_D=d)
+
+    return make
+
+
 CONFIGS = {
-    # 4 warps spill on sm_100 in the forward pass, 8 in the backward one. sm_90's instruction takes
-    # 64 rows at least, so that at D = 128 the tile has fewer items instead.
+    # A warp has 16 rows of a tile: 8 warps with 64 rows would do everything twice.
     _FWD: (
         *_interpreted(BLOCK_N=32, BLOCK_K=64),
-        *_by_width(
-            lambda d: config(8, 2, BLOCK_N=64, BLOCK_K=32 if d == 128 else 64, BLOCK_D=d),
-            archs=(90,),
-            itemsizes=(2,),
-        ),
-        *_by_width(lambda d: config(8, 2, BLOCK_N=64, BLOCK_K=64, BLOCK_D=d), itemsizes=(2,)),
+        *_by_width(_fwd(4, BLOCK_N=64, BLOCK_K=64), archs=(90,), itemsizes=(2,)),
+        *_by_width(_fwd(4, BLOCK_N=64, BLOCK_K=32), archs=(100,), itemsizes=(2,)),
+        *_by_width(_fwd(8, BLOCK_N=128, BLOCK_K=64), itemsizes=(2,)),
         *_by_width(lambda d: config(4, 1, BLOCK_N=32, BLOCK_K=32, BLOCK_D=min(d, 64))),
     ),
     _BWD: (
         *_interpreted(BLOCK_N=32, BLOCK_K=64),
         *_by_width(
-            lambda d: config(8 if d == 128 else 4, 2, BLOCK_N=64, BLOCK_K=64, BLOCK_D=d),
+            lambda d: config(8, 2, BLOCK_N=32 if d == 128 else 64, BLOCK_K=128, BLOCK_D=min(d, 64)),
             itemsizes=(2,),
         ),
         *_by_width(lambda d: config(8, 1, BLOCK_N=32, BLOCK_K=32, BLOCK_D=min(d, 64))),
@@ -401,13 +417,31 @@ CONFIGS = {
 _CANDIDATES = config(1, 1, BLOCK_K=4096) if _tuning.interpreted() else config(4, 1, BLOCK_K=128)
 
 
+def _parts(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """As split_float64."""
+    high = x.to(dtype)
+    rest = x - high.double()
+    return high, torch.where(rest == rest, rest, 0.0).to(dtype)
+
+
 class _Drawn(NamedTuple):
-    """Candidates of sets, each (sets * count,): ids, their offsets, their offsets as targets."""
+    """Candidates of sets, each (sets * count,): ids, parts of their offsets, and as targets."""
 
     ids: Tensor
-    offset: Tensor | None
-    hit_offset: Tensor | None
+    high: Tensor | None
+    low: Tensor | None
+    hit_high: Tensor | None
+    hit_low: Tensor | None
     valid: Tensor | None  # None: all
+
+    def pointers(self) -> dict[str, Tensor | None]:
+        return {
+            "ids_ptr": self.ids,
+            "high_ptr": self.high,
+            "low_ptr": self.low,
+            "hit_high_ptr": self.hit_high,
+            "hit_low_ptr": self.hit_low,
+        }
 
 
 class _Call:
@@ -497,33 +531,35 @@ class _Call:
             return self._drawn_by_t4rec()
         total = sets * self.count
         ids = self.hidden.new_empty((total,), dtype=torch.int64)
-        numbers = [
-            self.hidden.new_empty((total,), dtype=torch.float64) if wanted else None
-            for wanted in (weigh, weigh and self.hit == HIT_OFFSET)
+        as_target = weigh and self.hit == HIT_OFFSET
+        dtype = _tuning.SUMS[self.hidden.dtype]
+        parts = [
+            self.hidden.new_empty((total,), dtype=dtype) if wanted else None
+            for wanted in (weigh, weigh, as_target, as_target)
         ]
+        drawn = _Drawn(ids, *parts, None)
         launch(
             _candidates_kernel,
             (triton.cdiv(total, _CANDIDATES["BLOCK_K"]),),
             _CANDIDATES,
             **self.weighing(),
+            **drawn.pointers(),
             seed_ptr=self.seed,
-            ids_ptr=ids,
-            offset_ptr=numbers[0],
-            hit_offset_ptr=numbers[1],
             total=total,
             K=self.count,
             steps=self.items.shape[0].bit_length(),
             KIND=self.kind,
             HIT=self.hit if weigh else HIT_STAYS,
         )
-        return _Drawn(ids, *numbers, None)
+        return drawn
 
     def _drawn_by_t4rec(self) -> _Drawn:
         # For comparison only: twice as many draws, sorted, by PyTorch; shapes are fixed.
         sets = self.target.new_zeros((1,))
         ids, valid = reference._draw(self.options, self.seed, sets, self.items.shape[0], None)
         offset = torch.where(valid[0], self.t4rec_offset(ids[0]), math.inf)
-        return _Drawn(ids[0].contiguous(), offset, None, valid[0])
+        parts = _parts(offset, _tuning.SUMS[self.hidden.dtype])
+        return _Drawn(ids[0].contiguous(), *parts, None, None, valid[0])
 
     def t4rec_offset(self, ids: Tensor) -> Tensor:
         expected = reference._expected(self.options, ids, self.items.shape[0], None)
@@ -605,9 +641,7 @@ def sampled_softmax_loss_fwd(
         chosen,
         **shared,
         **call.input,
-        ids_ptr=drawn.ids,
-        offset_ptr=drawn.offset,
-        hit_offset_ptr=drawn.hit_offset,
+        **drawn.pointers(),
         target_offset_ptr=call.t4rec_offset(call.kept()[1]) if call.t4rec else None,
         hit_value=bits(reference.T4REC_HIT / temperature),
         set_rows=max(call.set_rows, 1),
@@ -671,8 +705,8 @@ class _Rows(NamedTuple):
 
     source: Tensor  # row of hidden, -1 where it takes no part
     wanted: Tensor  # target
-    lse: Tensor
-    scaled: Tensor  # float64 d loss / temperature
+    lse: tuple[Tensor, Tensor]  # two numbers whose sum it is
+    scaled: Tensor  # d loss / temperature
     share: Tensor  # gradient of the target's logit
 
 
@@ -699,10 +733,9 @@ def _partial_gradients(call: _Call, drawn: _Drawn, rows: _Rows) -> tuple[Tensor,
         items_ptr=call.items,
         source_ptr=rows.source,
         wanted_ptr=rows.wanted,
-        ids_ptr=drawn.ids,
-        offset_ptr=drawn.offset,
-        hit_offset_ptr=drawn.hit_offset,
-        lse_ptr=rows.lse,
+        **drawn.pointers(),
+        lse_high_ptr=rows.lse[0],
+        lse_low_ptr=rows.lse[1],
         scaled_ptr=rows.scaled,
         partial_ptr=partial,
         dbias_ptr=dbias,
@@ -769,7 +802,8 @@ def _ditems(call: _Call, rows: _Rows, sparse: bool) -> tuple[Tensor, Tensor, Ten
             source_ptr=rows.source,
             wanted_ptr=rows.wanted,
             weight_ptr=rows.share,
-            lse_ptr=rows.lse,
+            lse_high_ptr=rows.lse[0],
+            lse_low_ptr=rows.lse[1],
             scaled_ptr=rows.scaled,
             out_ptr=out,
             out_bias_ptr=out_bias,
@@ -840,7 +874,8 @@ def sampled_softmax_loss_bwd(
         return dhidden, ids, items.new_zeros((size, call.width)), dbias
     scaled = torch.where(source >= 0, dloss.double() / temperature, 0.0)
     share = (torch.expm1(-loss.double()) * scaled).to(loss.dtype)
-    ids, ditems, dbias = _ditems(call, _Rows(source, wanted, lse, scaled, share), sparse)
+    entries = _Rows(source, wanted, _parts(lse, loss.dtype), scaled.to(loss.dtype), share)
+    ids, ditems, dbias = _ditems(call, entries, sparse)
     return dhidden, ids, ditems, like_bias.new_empty((0,)) if dbias is None else dbias
 
 
