@@ -170,3 +170,30 @@ def test_what_grow_items_refuses(case):
     same = model.grow_items(old.num_items)
     batch = lists(latest(events, 3), old)
     assert torch.equal(same.recommend(batch, 5)[0], model.recommend(batch, 5)[0])
+
+
+@pytest.mark.parametrize("table_optimizer", [None, "adamw"])
+def test_the_trainer_goes_on_with_a_grown_model(case, table_optimizer, tmp_path):
+    _, old, events = case
+    new = old.update(events)
+    schema = new.schema().select_by_name([ITEM])
+    new.transform(events, 2).write_parquet(tmp_path / "train.parquet")
+    grown = make_model(old).grow_items(schema)
+    before = grown.heads[0].inputs.item_embedding_table.weight.detach().clone()
+    arguments = tr.T4RecTrainingArguments(
+        output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=16, learning_rate=0.01,
+        max_sequence_length=LENGTH, use_cpu=True, report_to=[], disable_tqdm=True,
+        save_strategy="no", table_optimizer=table_optimizer,
+    )  # fmt: skip
+    path = str(tmp_path / "train.parquet")
+    tr.Trainer(grown, arguments, schema=schema, train_dataset_or_path=path).train()
+    grown.eval()
+    # rows that a table optimizer has put off are caught up before they are copied
+    again = grown.grow_items(new.num_items + 2)
+    after = again.heads[0].inputs.item_embedding_table.weight.detach()
+    assert (after[3 : new.num_items] != before[3:]).any(dim=1).all()
+    batch = lists(latest(events, 9), new)
+    for a, b in zip(again.recommend(batch, 5, recommend_from=3), grown.recommend(batch, 5)):
+        assert a.shape == b.shape
+    with torch.no_grad():
+        assert torch.allclose(again(batch)[:, : new.num_items], grown(batch), atol=1e-5)
