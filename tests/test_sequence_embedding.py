@@ -193,6 +193,21 @@ def test_gradient_repeats_bit_for_bit(lane):
 
 
 @pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("count", [31, 32, 33, 64, 96])
+def test_one_id_in_all_columns(lane, count):
+    """Sorted, two columns lie one behind the other: the second goes on with the same id."""
+    weight = torch.randint(-8, 8, (1, count, 6), generator=torch.Generator().manual_seed(0)).float()
+    ids = torch.full((1, count), 5)
+    with run_on(lane, "sequence_embedding") as device:
+        tables = [torch.zeros(7, 3, device=device, requires_grad=True) for _ in range(2)]
+        sequence_embedding([ids.to(device)] * 2, tables).backward(weight.to(device))
+    for table, part in zip(tables, weight.split(3, dim=2)):
+        wanted = torch.zeros(7, 3)
+        wanted[5] = part.sum((0, 1))
+        assert torch.equal(table.grad.cpu(), wanted)
+
+
+@pytest.mark.parametrize("lane", LANES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sparse_gradients_are_the_rows_of_dense_ones(lane, dtype):
     inputs = make_inputs(50, 9, [6, 4], mask=True, numbers=(0,))

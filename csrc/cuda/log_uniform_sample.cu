@@ -91,7 +91,7 @@ __device__ int before_thread(int own, int* total) {
     if (lane >= lanes) warps += other;
   }
   *total = __shfl_sync(kAllLanes, warps, kWarp - 1);
-  const int before = __shfl_sync(kAllLanes, warps, warp == 0 ? 0 : warp - 1);
+  const int before = __shfl_sync(kAllLanes, warps, (warp + kWarp - 1) % kWarp);
   return (warp == 0 ? 0 : before) + up_to - own;
 }
 

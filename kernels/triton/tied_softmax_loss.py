@@ -537,45 +537,46 @@ def _tied_softmax_loss_hidden_kernel(
 AMPERE, ADA, HOPPER = (80,), (86, 120), (90, 100)  # 164, 100 and 228 KiB of shared memory
 _INTERPRETED = Entry(config(4, 1, BLOCK_N=32, BLOCK_V=64), archs=(0,))
 _FLOAT64 = Entry(config(4, 1, BLOCK_N=16, BLOCK_V=32), itemsizes=(8,))
+# Tiles are the largest that `make gpu-budget` compiles without spills.
 CONFIGS = {
     "_tied_softmax_loss_fwd_kernel": (
         _INTERPRETED,
         _FLOAT64,
-        Entry(config(4, 3, BLOCK_N=64, BLOCK_V=64), itemsizes=(2,), most_width=64, most_rows=128),
+        Entry(config(4, 2, BLOCK_N=64, BLOCK_V=64), itemsizes=(2,), most_width=64, most_rows=128),
         Entry(config(8, 3, BLOCK_N=128, BLOCK_V=128), HOPPER, (2,), most_width=128),
-        Entry(config(8, 2, BLOCK_N=128, BLOCK_V=64), HOPPER, (2,)),
+        Entry(config(8, 2, BLOCK_N=128, BLOCK_V=32), HOPPER, (2,)),
         Entry(config(4, 3, BLOCK_N=128, BLOCK_V=64), AMPERE, (2,), most_width=64),
-        Entry(config(8, 3, BLOCK_N=128, BLOCK_V=64), AMPERE, (2,), most_width=128),
+        Entry(config(8, 2, BLOCK_N=128, BLOCK_V=64), AMPERE, (2,), most_width=128),
         Entry(config(8, 2, BLOCK_N=64, BLOCK_V=64), AMPERE, (2,)),
         Entry(config(4, 2, BLOCK_N=128, BLOCK_V=64), ADA, (2,), most_width=64),
         Entry(config(8, 2, BLOCK_N=128, BLOCK_V=64), ADA, (2,), most_width=128),
         Entry(config(8, 2, BLOCK_N=64, BLOCK_V=32), ADA, (2,)),
-        Entry(config(8, 2, BLOCK_N=64, BLOCK_V=64), itemsizes=(4,), most_width=64),
-        Entry(config(8, 2, BLOCK_N=64, BLOCK_V=32), itemsizes=(4,), most_width=128),
+        Entry(config(8, 2, BLOCK_N=64, BLOCK_V=64), HOPPER, (4,), most_width=64),
+        Entry(config(4, 1, BLOCK_N=64, BLOCK_V=16), itemsizes=(4,), most_width=64),
         Entry(config(8, 1, BLOCK_N=32, BLOCK_V=32), itemsizes=(4,)),
     ),
     "_tied_softmax_loss_items_kernel": (
         _INTERPRETED,
         _FLOAT64,
         Entry(config(8, 3, BLOCK_N=64, BLOCK_V=128), HOPPER, (2,), most_width=128),
-        Entry(config(8, 2, BLOCK_N=64, BLOCK_V=128), HOPPER, (2,)),
+        Entry(config(8, 2, BLOCK_N=64, BLOCK_V=64), HOPPER, (2,)),
         Entry(config(4, 3, BLOCK_N=64, BLOCK_V=128), AMPERE, (2,), most_width=64),
         Entry(config(8, 3, BLOCK_N=64, BLOCK_V=128), AMPERE, (2,), most_width=128),
         Entry(config(8, 2, BLOCK_N=64, BLOCK_V=64), AMPERE, (2,)),
         Entry(config(4, 2, BLOCK_N=64, BLOCK_V=128), ADA, (2,), most_width=64),
         Entry(config(8, 2, BLOCK_N=64, BLOCK_V=128), ADA, (2,), most_width=128),
         Entry(config(8, 2, BLOCK_N=32, BLOCK_V=64), ADA, (2,)),
-        Entry(config(8, 2, BLOCK_N=64, BLOCK_V=64), itemsizes=(4,), most_width=64),
-        Entry(config(8, 2, BLOCK_N=32, BLOCK_V=64), itemsizes=(4,), most_width=128),
+        Entry(config(8, 2, BLOCK_N=64, BLOCK_V=64), HOPPER, (4,), most_width=64),
+        Entry(config(4, 1, BLOCK_N=32, BLOCK_V=32), itemsizes=(4,), most_width=128),
         Entry(config(8, 1, BLOCK_N=32, BLOCK_V=32), itemsizes=(4,)),
     ),
 }
-_MERGE = config(4, 1, BLOCK_P=32, BLOCK_M=1)
+_MERGE = config(4, 1, BLOCK_P=16, BLOCK_M=1)
 
 
 def _few_rows() -> Config:
     """For kernels that read each row once."""
-    return config(4, 1, BLOCK_N=64 if _tuning.interpreted() else 16)
+    return config(8, 1, BLOCK_N=64 if _tuning.interpreted() else 16)
 
 
 def _keep_rows(

@@ -545,15 +545,15 @@ def _tied_table_step_catch_up_kernel(
 CONFIGS = {
     "_tied_table_step_items_kernel": (
         Entry(config(4, 1, BLOCK_N=32, BLOCK_V=64), archs=(0,)),
-        Entry(config(4, 1, BLOCK_N=16, BLOCK_V=32)),
+        Entry(config(4, 1, BLOCK_N=16, BLOCK_V=16)),  # of 32 items, it spills
     ),
 }
 
 
 def _whole_rows(d: int) -> dict[str, int]:
-    """BLOCK_D and warps for kernels that hold whole rows, 16 or more numbers of each a thread."""
+    """BLOCK_D and warps for kernels that hold whole rows, four or more numbers of each a thread."""
     width = max(triton.next_power_of_2(d), 16)
-    return {"BLOCK_D": width, "num_warps": min(max(width // 512, 1), 16)}
+    return {"BLOCK_D": width, "num_warps": min(max(width // 128, 1), 16)}
 
 
 def _numbers(rule: reference.Rule) -> dict[str, float]:

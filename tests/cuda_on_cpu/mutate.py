@@ -37,8 +37,66 @@ LIBRARY = BUILD / "libt4r_fast_emulated.so"
 WANTED = 0.95
 SECONDS = 40  # of CPU for one op's tests of a mutant; without it they take 10
 
+_SHIFT = "no lane takes part in a shift by the number of lanes"
+_PAST = "positions behind the end are masked inside the loop"
+_NO_BITS = "positions from n on have no bits; the comparison saves their work"
 # (file, mutant as it is printed) -> why no result can differ
-EQUIVALENT: dict[tuple[str, str], str] = {}
+EQUIVALENT: dict[tuple[str, str], str] = {
+    (
+        "log_uniform_sample.cu",
+        "lanes < static_cast<int>(kWarp) -> lanes <= static_cast<int>(kWarp)",
+    ): _SHIFT,
+    (
+        "log_uniform_sample.cu",
+        "lanes < static_cast<int>(kWarp) -> lanes <= static_cast<int>(kWarp) #2",
+    ): _SHIFT,
+    (
+        "log_uniform_sample.cu",
+        "first < kMostPairs -> true",
+    ): "a stop after 2**33 draws, for a generator that is wrong",
+    (
+        "look_back.cuh",
+        "block == 0 -> false",
+    ): "later blocks find nothing before block 0, and add nothing",
+    (
+        "look_back.cuh",
+        "nearest >= 0 -> nearest + 1 >= 0",
+    ): "before the first block there are counts of 0 that end the search",
+    ("look_back.cuh", "block > 0 -> true"): "block 0 leaves the same word again",
+    ("mask_mlm.cu", "l < n -> l <= n"): _NO_BITS,
+    ("mask_mlm.cu", "l < n -> true"): _NO_BITS,
+    ("mask_permutation.cu", "l < n -> l <= n"): _NO_BITS,
+    ("mask_permutation.cu", "l < n -> true"): _NO_BITS,
+    (
+        "mask_permutation.cu",
+        "current < n -> current <= n",
+    ): "a span that begins at n is cut to nothing",
+    (
+        "mask_permutation.cu",
+        "current < l + kPositions -> current <= l + kPositions",
+    ): "a span behind these positions is drawn earlier, and kept for the next",
+    ("mask_permutation.cu", "step < positions -> step <= positions"): _PAST,
+    ("mask_permutation.cu", "rows < positions -> rows <= positions"): _PAST,
+    (
+        "mask_permutation.cu",
+        "source < kLanes -> source <= kLanes",
+    ): "the first of the next rows, which write it again",
+    ("radix_sort.cuh", "step < kWarp -> step <= kWarp"): _SHIFT,
+    (
+        "radix_sort.cuh",
+        "round < kTileRounds -> round <= kTileRounds",
+    ): "the next tile's first entries, put where that tile puts them",
+    ("radix_sort.cuh", "inside -> true #2"): "entries behind the end come last in their tile",
+    (
+        "radix_sort.cuh",
+        "without __syncwarp(); #2",
+    ): "__match_any_sync of the next round waits too; only the barrier orders memory",
+    ("sequence_embedding.cu", "first < g.width -> first <= g.width"): _PAST,
+    ("sequence_mask.cuh", "l < sessions.positions -> l <= sessions.positions"): _PAST,
+    ("sequence_mask.cuh", "lanes < kWarp -> lanes <= kWarp"): _SHIFT,
+    ("sequence_mask.cuh", "step < out.positions -> step <= out.positions"): _PAST,
+    ("sequence_mask.cuh", "lanes < kLanes -> lanes <= kLanes"): _SHIFT,
+}
 
 
 class Mutant(NamedTuple):
@@ -173,7 +231,11 @@ def mutants(text: str) -> list[Mutant]:
         for use in re.finditer(rf"(?<![\w.])!?{flag[1]}\b", code[flag.end() : body[1]]):
             first = flag.end() + use.start() + use[0].startswith("!")
             guard(first, flag.end() + use.end())
-    return sorted(found, key=lambda mutant: mutant.line)
+    numbered: list[Mutant] = []
+    for mutant in sorted(found, key=lambda mutant: mutant.line):
+        before = sum(other.what.partition(" #")[0] == mutant.what for other in numbered)
+        numbered.append(mutant._replace(what=f"{mutant.what} #{before + 1}") if before else mutant)
+    return numbered
 
 
 def instrument(text: str, all_mutants: list[Mutant], first_number: int) -> str:
