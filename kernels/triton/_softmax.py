@@ -318,7 +318,7 @@ def segment_blocks(width: int) -> Config:
     """A segment per program, 16 rows of it at a time; more where a program costs much."""
     if interpreted():
         return config(4, 1, BLOCK_J=64, BLOCK_K=16)
-    return config(1 if width <= 64 else 4, 1, BLOCK_J=1, BLOCK_K=16)
+    return config(1 if width <= 64 else 8, 1, BLOCK_J=1, BLOCK_K=16)
 
 
 def segment_sums(

@@ -571,12 +571,12 @@ CONFIGS = {
         Entry(config(8, 1, BLOCK_N=32, BLOCK_V=32), itemsizes=(4,)),
     ),
 }
-_MERGE = config(4, 1, BLOCK_P=16, BLOCK_M=1)
+_MERGE = config(8, 1, BLOCK_P=32, BLOCK_M=1)
 
 
 def _few_rows() -> Config:
     """For kernels that read each row once."""
-    return config(8, 1, BLOCK_N=64 if _tuning.interpreted() else 16)
+    return config(8, 1, BLOCK_N=64)
 
 
 def _keep_rows(

@@ -551,9 +551,9 @@ CONFIGS = {
 
 
 def _whole_rows(d: int) -> dict[str, int]:
-    """BLOCK_D and warps for kernels that hold whole rows, four or more numbers of each a thread."""
+    """BLOCK_D and warps for kernels that hold whole rows, 16 or more numbers of each a thread."""
     width = max(triton.next_power_of_2(d), 16)
-    return {"BLOCK_D": width, "num_warps": min(max(width // 128, 1), 16)}
+    return {"BLOCK_D": width, "num_warps": min(max(width // 512, 1), 16)}
 
 
 def _numbers(rule: reference.Rule) -> dict[str, float]:
