@@ -71,6 +71,12 @@ LAUNCH, EAGER_LAUNCH = 3e-6, 6e-6
 # loops. Forward: scale, maximum, subtract, add, convert. Backward: scale, subtract, multiply,
 # convert. Rank: three comparisons.
 FORWARD_FLOATS, BACKWARD_FLOATS, RANK_FLOATS = 5, 4, 3
+# Exponentials and float32 instructions per logit that the model counts.
+COUNTED = {
+    "_tied_softmax_loss_fwd_kernel": (1, FORWARD_FLOATS),
+    "_tied_softmax_loss_items_kernel": (1, BACKWARD_FLOATS),
+    "_target_rank_fwd_kernel": (0, RANK_FLOATS),
+}
 
 
 class Work(NamedTuple):
@@ -268,6 +274,28 @@ def sass_mix(rows: list[dict[str, Any]], kernel: str, arch: str) -> dict[str, fl
     raise LookupError(f"{KEPT.name} has no bfloat16 D64 variant of {kernel} for {arch}")
 
 
+def show_mix(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title="Compiled main loops: instructions per logit (counted)", title_justify="left"
+    )
+    for column in ("kernel", "arch", "exp", "float32", "integer"):
+        table.add_column(column)
+    for kernel, (exps, floats) in COUNTED.items():
+        for arch in sorted({row["arch"] for row in rows}):
+            mix = sass_mix(rows, kernel, arch)
+            table.add_row(
+                kernel.strip("_"),
+                arch,
+                f"{mix['exp']:.1f} ({exps})",
+                f"{mix['fp32']:.1f} ({floats})",
+                f"{mix['int']:.1f}",
+            )
+    Console().print(table)
+
+
 def show(found: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -301,6 +329,7 @@ def main() -> int:
             print(json.dumps(line))
     else:
         show(found)
+        show_mix(json.loads(KEPT.read_text())["rows"])
     return 0
 
 

@@ -12,7 +12,7 @@ import warnings
 warnings.filterwarnings("ignore")
 logging.disable(logging.WARNING)
 
-import torch  # noqa: E402
+import torch  # noqa: E402, silenced first
 import transformers4rec.torch as tr  # noqa: E402
 
 ITEM, LENGTH = "product_id-list_seq", 20

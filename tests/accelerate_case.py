@@ -16,6 +16,7 @@ import torch
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE / "parity")]
+# E402: some of the modules below are found by this path
 import record  # noqa: E402
 import record_surface  # noqa: E402
 import surface  # noqa: E402

@@ -160,6 +160,18 @@ def test_mix_per_logit_counts_threads_and_tile():
         roofline.sass_mix([ROW], "_other", "sm_90a")
 
 
+@pytest.mark.parametrize("kernel", roofline.COUNTED)
+@pytest.mark.parametrize("arch", [a.name for a in gpu_budget.ARCHITECTURES.values()])
+def test_compiled_loops_do_what_the_model_counts(kernel, arch):
+    rows = json.loads(gpu_budget.KEPT.read_text())["rows"]
+    exps, floats = roofline.COUNTED[kernel]
+    mix = roofline.sass_mix(rows, kernel, arch)
+    # sm_100's forward pass without a gradient has two exponentials per logit, and more around them
+    extra = 1 if (kernel, arch) == ("_tied_softmax_loss_fwd_kernel", "sm_100") else 0
+    assert exps <= mix["exp"] <= (exps + extra) * 1.25
+    assert 0.6 * floats <= mix["fp32"] <= (1.4 + extra / 2) * floats
+
+
 # -- script ----------------------------------------------------------------------------------------
 
 

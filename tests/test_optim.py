@@ -242,16 +242,24 @@ def test_every_reader_brings_its_rows_up_to_date():
 
 
 def test_a_flush_between_forward_and_backward_keeps_the_graph():
-    model = Tied()
-    optimizer = ours(model)
-    for i, (ids, target) in enumerate(batches(3)):
-        model.sampled(ids % 20, target % 20, i).backward()
+    found = []
+    for between in (True, False):
+        model = Tied()
+        optimizer = ours(model)
+        for i, (ids, target) in enumerate(batches(3)):
+            model.sampled(ids % 20, target % 20, i).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        before = model.table.detach().clone()
+        loss = model.sampled(*next(batches(1, 9)), 7)
+        if between:
+            optimizer.flush()
+        loss.backward()
         optimizer.step()
-        optimizer.zero_grad()
-    loss = model.sampled(*next(batches(1, 9)), 7)
-    optimizer.flush()
-    loss.backward()
-    optimizer.step()
+        optimizer.flush()
+        assert not torch.equal(model.table.detach(), before)
+        found.append(model)
+    assert_same(*found)
 
 
 def test_changed_numbers_apply_from_their_step_on():

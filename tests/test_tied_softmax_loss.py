@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import LargestTensor, check, lanes, run_on
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t4r_fast import backend
@@ -247,16 +247,16 @@ def test_gradients_of_a_row_sum_to_zero(lane):
     options=st.sampled_from(list(OPTIONS.values())),
 )
 def test_any_shape(lane, n, v, d, bias, ignored, options):
-    # Of one item or two, losses and gradients come down to the rounding of a logit, which Triton's
-    # have: exp2 of scaled logits.
-    assume(v > 2 or not lane.startswith("triton"))
+    # Of one item or two, losses and gradients come down to the rounding of a logit of up to 30,
+    # which Triton's have: exp2 of scaled logits.
+    slack = 1e-13 if v <= 2 and lane.startswith("triton") else 0.0
     inputs = make_inputs(n, v, d, bias, scale=d**-0.5)
     if ignored:
         inputs["target"][::3] = -100
     options = {**options, "reduction": "none", "return_lse": True}
     # dbias is one number per item: some cancel to nothing but rounding
     for leaves in (("hidden", "items"), ("hidden",)):
-        check(lane, tied_softmax_loss, naive, inputs, options, torch.float64, leaves)
+        check(lane, tied_softmax_loss, naive, inputs, options, torch.float64, leaves, slack)
 
 
 @pytest.mark.usefixtures("chunks")

@@ -545,7 +545,9 @@ def _tied_table_step_catch_up_kernel(
 CONFIGS = {
     "_tied_table_step_items_kernel": (
         Entry(config(4, 1, BLOCK_N=32, BLOCK_V=64), archs=(0,)),
-        Entry(config(4, 1, BLOCK_N=16, BLOCK_V=16)),  # of 32 items, it spills
+        # More warps on a tile do its work twice: twice the exponentials by `make gpu-budget`.
+        Entry(config(2, 1, BLOCK_N=16, BLOCK_V=32), itemsizes=(2,), most_width=64),
+        Entry(config(4, 1, BLOCK_N=16, BLOCK_V=16)),  # fewer warps, or more items, spill
     ),
 }
 

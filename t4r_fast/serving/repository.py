@@ -43,7 +43,7 @@ import sys
 paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
 sys.path[:0] = [path for path in paths if path and path not in sys.path]
 
-from t4r_fast.serving.triton_model import TritonPythonModel  # noqa: E402
+from t4r_fast.serving.triton_model import TritonPythonModel  # noqa: E402, found by the path above
 
 __all__ = ["TritonPythonModel"]
 '''
