@@ -139,3 +139,13 @@ def candidate_logits(
     if HIT == CONSTANT:
         z = tl.where(hit, hit_value, z)
     return z
+
+
+@triton.jit
+def gathered(
+    ptr, rows, there, stride, start, D: tl.constexpr, SUM: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Columns of some rows (BLOCK_H, BLOCK_E) of a matrix: (BLOCK_H, BLOCK_E, BLOCK_D)."""
+    d = start + tl.arange(0, BLOCK_D)
+    mask = there[:, :, None] & (d < D)[None, None, :]
+    return tl.load(ptr + rows[:, :, None] * stride + d[None, None, :], mask=mask, other=0.0).to(SUM)

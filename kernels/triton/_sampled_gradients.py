@@ -16,6 +16,7 @@ from t4r_fast.kernels._sampled import (
     CONSTANT,
     OFFSET,
     candidate_logits,
+    gathered,
     offsets,
     split_float64,
 )
@@ -133,16 +134,6 @@ def _sampled_softmax_loss_bwd_kernel(
 
 
 @triton.jit
-def _gathered(
-    ptr, rows, there, stride, start, D: tl.constexpr, SUM: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Columns of some rows (BLOCK_H, BLOCK_E) of a matrix: (BLOCK_H, BLOCK_E, BLOCK_D)."""
-    d = start + tl.arange(0, BLOCK_D)
-    mask = there[:, :, None] & (d < D)[None, None, :]
-    return tl.load(ptr + rows[:, :, None] * stride + d[None, None, :], mask=mask, other=0.0).to(SUM)
-
-
-@triton.jit
 def _store_sums(
     out_ptr, dout_bias_ptr, head, filled, inside, item, column, sums, of_bias,
     D: tl.constexpr, DENSE: tl.constexpr, BIAS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -214,9 +205,7 @@ def _entry_sums_kernel(
             candidate = there & (entry < total)
             row = entry
             for _ in range(0, parts):
-                sums += tl.sum(
-                    _gathered(partial_ptr, row, candidate, D, column, D, SUM, BLOCK_D), 1
-                )
+                sums += tl.sum(gathered(partial_ptr, row, candidate, D, column, D, SUM, BLOCK_D), 1)
                 if BIAS:
                     of_bias += tl.sum(tl.load(dbias_ptr + row, mask=candidate, other=0.0), 1)
                 row += total
@@ -225,7 +214,7 @@ def _entry_sums_kernel(
         weight = tl.load(weight_ptr + row, mask=there, other=0.0)
         if source_ptr is not None:
             row = tl.load(source_ptr + row, mask=there, other=0)
-        found = _gathered(matrix_ptr, row, there, stride_matrix, column, D, SUM, BLOCK_D)
+        found = gathered(matrix_ptr, row, there, stride_matrix, column, D, SUM, BLOCK_D)
         sums += tl.sum(weight[:, :, None] * found, 1)
         if BIAS:
             of_bias += tl.sum(weight, 1)
@@ -319,15 +308,15 @@ def _draw_sums_kernel(
         row = tl.where(drawn, entry // K, entry - total)
         source = tl.load(source_ptr + row, mask=there, other=-1)
         there = there & (source >= 0)
-        hidden = _gathered(hidden_ptr, source, there, stride_hidden, 0, D, SUM, BLOCK_D)
+        hidden = gathered(hidden_ptr, source, there, stride_hidden, 0, D, SUM, BLOCK_D)
         vector = load_rows(items_ptr, item, filled, stride_items, 0, D, BLOCK_D).to(SUM)
         product = tl.sum(hidden * vector[:, None, :], 2)
         if D > BLOCK_D:
             for d in range(BLOCK_D, D, BLOCK_D):
-                hidden = _gathered(hidden_ptr, source, there, stride_hidden, d, D, SUM, BLOCK_D)
+                hidden = gathered(hidden_ptr, source, there, stride_hidden, d, D, SUM, BLOCK_D)
                 vector = load_rows(items_ptr, item, filled, stride_items, d, D, BLOCK_D).to(SUM)
                 product += tl.sum(hidden * vector[:, None, :], 2)
-            hidden = _gathered(hidden_ptr, source, there, stride_hidden, column, D, SUM, BLOCK_D)
+            hidden = gathered(hidden_ptr, source, there, stride_hidden, column, D, SUM, BLOCK_D)
         hit = tl.load(wanted_ptr + row, mask=there, other=-1) == item[:, None]
         z = candidate_logits(
             product, high, low_, hit_high, hit_low, hit, scale[:, None], 0.0, HIT

@@ -28,6 +28,7 @@ from t4r_fast.kernels._sampled import (
     PLAIN,
     _candidates_kernel,
     candidate_logits,
+    gathered,
     offsets,
     split_float64,
 )
@@ -226,16 +227,6 @@ def _sampled_softmax_loss_fwd_kernel(
     )  # fmt: skip
 
 
-@triton.jit
-def _gathered(
-    ptr, ids, there, stride, start, D: tl.constexpr, SUM: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Columns of the rows ids (BLOCK_N, BLOCK_K) of a matrix: (BLOCK_N, BLOCK_K, BLOCK_D)."""
-    d = start + tl.arange(0, BLOCK_D)
-    mask = there[:, :, None] & (d < D)[None, None, :]
-    return tl.load(ptr + ids[:, :, None] * stride + d[None, None, :], mask=mask, other=0.0).to(SUM)
-
-
 @_tuning.unfused
 @triton.jit
 def _sampled_softmax_loss_rows_fwd_kernel(
@@ -311,14 +302,14 @@ def _sampled_softmax_loss_rows_fwd_kernel(
                 ids, hit, bias_ptr, cumulative_ptr, V, low, log_size, log_count, log_range,
                 temperature, stride_bias, HAS_BIAS, SAMPLER, TARGET_KIND,
             )  # fmt: skip
-        items = _gathered(items_ptr, ids, there, stride_items, 0, D, SUM, BLOCK_D)
+        items = gathered(items_ptr, ids, there, stride_items, 0, D, SUM, BLOCK_D)
         product = tl.sum(hidden[:, None, :] * items, 2)
         if D > BLOCK_D:
             for d in range(BLOCK_D, D, BLOCK_D):
                 part = load_rows(hidden_ptr, source, kept, stride_hidden, d, D, BLOCK_D).to(SUM)
-                items = _gathered(items_ptr, ids, there, stride_items, d, D, SUM, BLOCK_D)
+                items = gathered(items_ptr, ids, there, stride_items, d, D, SUM, BLOCK_D)
                 product += tl.sum(part[:, None, :] * items, 2)
-            items = _gathered(items_ptr, ids, there, stride_items, column, D, SUM, BLOCK_D)
+            items = gathered(items_ptr, ids, there, stride_items, column, D, SUM, BLOCK_D)
         high, low_ = split_float64(offset, SUM)
         hit_high, hit_low = split_float64(hit_offset, SUM)
         z = candidate_logits(

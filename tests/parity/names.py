@@ -10,9 +10,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-from enum import Enum
 from pathlib import Path
 from typing import Any
+
+from spelling import plain
 
 from t4r_fast.dropin import names as dropin
 from t4r_fast.dropin import uninstall
@@ -72,19 +73,6 @@ def ours(module: str) -> Any:
     except KeyError:
         return None
     return None if target is None else importlib.import_module(target)
-
-
-def plain(value: Any) -> Any:
-    """A default as names.json spells it."""
-    if isinstance(value, Enum):
-        return value.value
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (tuple, list)):
-        return [plain(v) for v in value]
-    if isinstance(value, type):
-        return {"object": value.__name__}
-    return {"object": type(value).__name__}
 
 
 def arguments(call: Any) -> dict[str, inspect.Parameter]:

@@ -15,10 +15,10 @@ import inspect
 import json
 import logging
 import pkgutil
-from enum import Enum
 from pathlib import Path
 
 import transformers4rec
+from spelling import plain
 
 ROOTS = ("transformers4rec", "merlin_standard_lib")
 # Generated code, TensorFlow, and what is not for users.
@@ -40,18 +40,6 @@ def default_of(parameter: inspect.Parameter):
     if value is parameter.empty:
         return {}
     return plain(value)
-
-
-def plain(value):
-    if isinstance(value, Enum):
-        return value.value
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (tuple, list)):
-        return [plain(v) for v in value]
-    if isinstance(value, type):
-        return {"object": value.__name__}
-    return {"object": type(value).__name__}
 
 
 def arguments_of(call) -> dict:
