@@ -72,11 +72,18 @@ class IntDomain:
 
 @dataclasses.dataclass(frozen=True)
 class FloatDomain:
-    """Range of a float column, in the column's own unit."""
+    """Range of a float column, in the column's own unit.
+
+    disallow_nan, disallow_inf  what the file's author promises. Our loaders refuse both anyway
+    is_embedding                the column holds vectors
+    """
 
     name: str = ""
     min: float = -math.inf
     max: float = math.inf
+    disallow_nan: bool = False
+    disallow_inf: bool = False
+    is_embedding: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,14 +134,17 @@ class ColumnSchema:
         is_float: bool = True,
         min_value: float | None = None,
         max_value: float | None = None,
-        value_count: ValueCount | None = None,
-        tags: Iterable[str | Tags] | None = None,
+        disallow_nan: bool = False,
+        disallow_inf: bool = False,
         is_embedding: bool = False,
         shape: tuple[int, ...] | None = None,
+        value_count: ValueCount | None = None,
+        tags: Iterable[str | Tags] | None = None,
     ) -> ColumnSchema:
         """A number column, float unless `is_float` is False.
 
-        is_embedding  the column holds vectors, of the width that `shape` ends in
+        disallow_nan, disallow_inf  written into the schema file, for other readers of it
+        is_embedding                the column holds vectors, of the width that `shape` ends in
         """
         tags = list(tags or ())
         kind = Tags.EMBEDDING if is_embedding else Tags.CONTINUOUS
@@ -144,7 +154,7 @@ class ColumnSchema:
         low = -math.inf if min_value is None else min_value
         high = math.inf if max_value is None else max_value
         if is_float:
-            domain = FloatDomain(name, low, high)
+            domain = FloatDomain(name, low, high, disallow_nan, disallow_inf, is_embedding)
             return cls(name, "FLOAT", tags, None, domain, value_count, properties)
         domain = None
         if min_value is not None or max_value is not None:
@@ -201,6 +211,10 @@ class ColumnSchema:
         if using_domain and self.float_domain is not None:
             tags.append(Tags.CONTINUOUS)
         return self.with_tags(tags)
+
+    def to_proto_text(self) -> str:
+        """The text form of the column alone: what stands in `feature { }` of a schema's."""
+        return "".join(f"{line}\n" for line in _column_lines(self))
 
     def has_tags(self, tags: Iterable[str | Tags]) -> bool:
         return {_tag(t) for t in tags} <= set(self.tags)
@@ -325,8 +339,28 @@ class Schema:
 
     __hash__ = None  # type: ignore[assignment]  # mutable
 
-    def __add__(self, other: Schema) -> Schema:
-        """Both sets of columns; a name in both keeps the left column and gains the right's tags."""
+    def add(
+        self, other: Schema | str | Iterable[ColumnSchema | str], allow_overlap: bool = True
+    ) -> Schema:
+        """Both sets of columns; a name in both keeps the left column and gains the right's tags.
+
+        other          a schema, the name of one column, or columns and names
+        allow_overlap  False: a name in both raises InputError
+        """
+        if isinstance(other, str):
+            other = [other]
+        if isinstance(other, ColumnSchema) or not isinstance(other, Iterable):
+            raise TypeError(
+                "Schema.add: other must be a schema, a name, or a list of columns; got a"
+                f" {type(other).__name__}"
+            )
+        other = other if isinstance(other, Schema) else Schema.create(other)
+        both = [n for n in other.column_names if n in self]
+        if both and not allow_overlap:
+            raise InputError(
+                f"Schema.add: {both} are columns of both schemas; leave allow_overlap=True to keep"
+                " the left ones with the tags of both"
+            )
         merged = [copy.deepcopy(c) for c in self.feature]
         by_name = {c.name: c for c in merged}
         for column in other:
@@ -337,8 +371,13 @@ class Schema:
                 merged.append(copy.deepcopy(column))
         return Schema(merged)
 
-    def __sub__(self, other: Schema) -> Schema:
-        return self.remove_by_name(other.column_names)
+    def __add__(self, other: Schema | str | Iterable[ColumnSchema | str]) -> Schema:
+        return self.add(other)
+
+    __radd__ = __add__  # the columns of the schema come first, as in the reference
+
+    def __sub__(self, other: Schema | None) -> Schema:
+        return self if other is None else self.remove_by_name(other.column_names)
 
     def __repr__(self) -> str:
         return f"Schema({', '.join(self.column_names)})"
@@ -444,6 +483,9 @@ get_embedding_sizes_from_schema = embedding_sizes  # the reference's name
 
 
 # -- the text form of protocol buffers, as far as schemas use it -----------------------------------
+
+#: Fields of a FloatDomain that are written where they are true.
+FLOAT_FLAGS = ("disallow_nan", "disallow_inf", "is_embedding")
 
 _TOKEN = re.compile(
     r"""(?P<space>[\s,;]+|\#[^\n]*) | (?P<punct>[{}\[\]<>:])
@@ -568,6 +610,7 @@ def _column_from_message(message: dict, origin: str) -> ColumnSchema:
             str(_one(m, "name", "")),
             float(_one(m, "min", -math.inf)),
             float(_one(m, "max", math.inf)),
+            *(bool(_one(m, flag, False)) for flag in FLOAT_FLAGS),
         )
     if (m := _one(message, "value_count")) is not None:
         column.value_count = ValueCount(int(_one(m, "min", 0)), int(_one(m, "max", 0)))
@@ -595,26 +638,33 @@ def _octal(character: str) -> str:
 
 
 def _column_to_text(c: ColumnSchema) -> str:
-    lines = ["feature {", f"  name: {_quoted(c.name)}"]
+    return "\n".join(["feature {", *(f"  {line}" for line in _column_lines(c)), "}", ""])
+
+
+def _column_lines(c: ColumnSchema) -> list[str]:
+    lines = [f"name: {_quoted(c.name)}"]
     if c.value_count is not None:
-        lines += ["  value_count {", f"    min: {c.value_count.min}"]
-        lines += [f"    max: {c.value_count.max}", "  }"]
+        lines += _message("value_count", f"min: {c.value_count.min}", f"max: {c.value_count.max}")
     if shape := c.properties.get("shape"):
-        lines += ["  shape {", *(f"    dim {{ size: {n} }}" for n in shape), "  }"]
-    lines.append(f"  type: {c.type}")
+        lines += _message("shape", *(f"dim {{ size: {n} }}" for n in shape))
+    lines.append(f"type: {c.type}")
     if (d := c.int_domain) is not None:
-        lines += ["  int_domain {", f"    name: {_quoted(d.name)}", f"    min: {d.min}"]
-        lines += [
-            f"    max: {d.max}",
-            f"    is_categorical: {str(d.is_categorical).lower()}",
-            "  }",
-        ]
+        ids = str(d.is_categorical).lower()
+        lines += _message(
+            "int_domain",
+            f"name: {_quoted(d.name)}",
+            f"min: {d.min}",
+            f"max: {d.max}",
+            f"is_categorical: {ids}",
+        )
     if (f := c.float_domain) is not None:
-        lines += ["  float_domain {", f"    name: {_quoted(f.name)}"]
-        lines += [
-            f"    {k}: {v!r}" for k, v in (("min", f.min), ("max", f.max)) if math.isfinite(v)
-        ]
-        lines.append("  }")
+        bounds = [f"{k}: {v!r}" for k, v in (("min", f.min), ("max", f.max)) if math.isfinite(v)]
+        flags = [f"{flag}: true" for flag in FLOAT_FLAGS if getattr(f, flag)]
+        lines += _message("float_domain", f"name: {_quoted(f.name)}", *bounds, *flags)
     if c.tags:
-        lines += ["  annotation {", *(f"    tag: {_quoted(t)}" for t in c.tags), "  }"]
-    return "\n".join([*lines, "}", ""])
+        lines += _message("annotation", *(f"tag: {_quoted(t)}" for t in c.tags))
+    return lines
+
+
+def _message(name: str, *fields: str) -> list[str]:
+    return [f"{name} {{", *(f"  {field}" for field in fields), "}"]

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from t4r_fast.errors import InputError
-from t4r_fast.schema import ColumnSchema, FloatDomain, IntDomain, ValueCount
+from t4r_fast.schema import FLOAT_FLAGS, ColumnSchema, FloatDomain, IntDomain, ValueCount
 
 
 def columns_from_json(text: str | bytes, origin: str) -> list[ColumnSchema]:
@@ -41,7 +41,10 @@ def _column(feature: dict[str, Any]) -> ColumnSchema:
         )
     if (m := feature.get("floatDomain")) is not None:
         column.float_domain = FloatDomain(
-            str(m.get("name", "")), float(m.get("min", 0)), float(m.get("max", 0))
+            str(m.get("name", "")),
+            float(m.get("min", 0)),
+            float(m.get("max", 0)),
+            *(bool(m.get(_in_json(flag), False)) for flag in FLOAT_FLAGS),
         )
     if (m := feature.get("valueCount")) is not None:
         column.value_count = ValueCount(int(m.get("min", 0)), int(m.get("max", 0)))
@@ -72,7 +75,14 @@ def _feature(c: ColumnSchema) -> dict[str, Any]:
             n: v if abs(v) != float("inf") else ("Infinity" if v > 0 else "-Infinity")
             for n, v in bounds.items()
         }
-        feature["floatDomain"] = {"name": f.name, **spelled}
+        flags = {_in_json(flag): True for flag in FLOAT_FLAGS if getattr(f, flag)}
+        feature["floatDomain"] = {"name": f.name, **spelled, **flags}
     if c.tags:
         feature["annotation"] = {"tag": list(c.tags)}
     return feature
+
+
+def _in_json(field: str) -> str:
+    """disallow_nan -> disallowNan"""
+    first, *rest = field.split("_")
+    return first + "".join(part.capitalize() for part in rest)

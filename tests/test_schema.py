@@ -122,3 +122,73 @@ def test_item_and_id_tags_of_merlin_core_are_the_item_id():
     feature { name: "shop" type: INT annotation { tag: "item" tag: "categorical" } }
     """
     assert Schema().from_proto_text(text).item_id_column_name == "sku"
+
+
+# What ColumnSchema.to_proto_text of merlin_standard_lib gives for two columns.
+OF_THE_REFERENCE = [
+    """
+    name: "sku" value_count { min: 1 max: 4 } type: INT
+    int_domain { name: "sku" max: 10 is_categorical: true }
+    annotation { tag: "item" tag: "categorical" tag: "id" }
+    """,
+    """
+    name: "v" type: FLOAT
+    float_domain { name: "v" min: 0.5 max: 2.5 disallow_nan: true is_embedding: true }
+    annotation { tag: "continuous" } shape { dim { size: 3 } }
+    """,
+]
+
+
+def test_a_column_alone_is_written_as_text():
+    item = ColumnSchema.create_categorical(
+        "sku", 10, value_count=ValueCount(1, 4), tags=["item", "id", "item_id"]
+    )
+    vector = ColumnSchema.create_continuous(
+        "v", True, 0.5, 2.5, True, False, is_embedding=True, shape=(3,), tags=["continuous"]
+    )
+    vector.tags.remove("embedding")  # ours alone
+    for column, text in zip((item, vector), OF_THE_REFERENCE, strict=True):
+        written = column.to_proto_text()
+        assert written.startswith(f'name: "{column.name}"\n')
+        theirs, ours = (
+            Schema().from_proto_text(f"feature {{ {t} }}").feature[0] for t in (text, written)
+        )
+        assert sorted(theirs.tags) == sorted(ours.tags)
+        assert theirs.copy(tags=[]) == ours.copy(tags=[]) == column.copy(tags=[])
+
+
+def test_what_a_float_domain_disallows_is_kept(tmp_path):
+    schema = Schema(
+        [
+            ColumnSchema.create_continuous("a", disallow_nan=True),
+            ColumnSchema.create_continuous("b", disallow_inf=True, min_value=0.0),
+        ]
+    )
+    assert "disallow_nan: true" in schema.to_proto_text()
+    assert '"disallowInf": true' in schema.to_json()
+    for read in (
+        Schema().from_proto_text(schema.to_proto_text()),
+        Schema().from_json(schema.to_json()),
+    ):
+        assert read == schema
+        domain = read["b"].float_domain
+        assert (domain.disallow_nan, domain.disallow_inf, domain.is_embedding) == (0, 1, 0)
+
+
+def test_schemas_are_added():
+    a, b = ColumnSchema("a", tags=["x"]), ColumnSchema("b")
+    schema = Schema([a, b])
+    assert schema.add("c").column_names == ["a", "b", "c"]
+    before = ["c"]
+    assert schema.add([ColumnSchema("c"), "d"]).column_names == ["a", "b", "c", "d"]
+    assert (schema + "c").column_names == (before + schema).column_names == ["a", "b", "c"]
+    assert schema - None == schema
+    both = schema.add(Schema([ColumnSchema("a", "FLOAT", ["y"])]))
+    assert (both["a"].type, both["a"].tags) == ("INT", ["x", "y"])
+    assert schema["a"].tags == ["x"]
+    assert schema.add("c", allow_overlap=False).column_names == ["a", "b", "c"]
+    with pytest.raises(InputError, match=r"\['b'\] are columns of both schemas"):
+        schema.add(Schema([b]), allow_overlap=False)
+    for other in (None, 3, b):
+        with pytest.raises(TypeError, match=f"got a {type(other).__name__}"):
+            schema.add(other)

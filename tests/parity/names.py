@@ -54,8 +54,6 @@ BETTER: dict[str, str] = {
 IN_PART: dict[str, str] = {
     "merlin_standard_lib.schema.schema.ColumnSchema": "a plain class: of protobuf's fields name,"
     " type, domains, value_count, shape and annotation",
-    "merlin_standard_lib.schema.schema.ColumnSchema.create_continuous": "without disallow_nan,"
-    " disallow_inf",
     "merlin_standard_lib.schema.schema.Schema": "a plain class that holds `feature`",
     f"{T}utils.data_utils.MerlinDataLoader": "the name of our parquet loader; from_schema takes the"
     " reference's arguments",
