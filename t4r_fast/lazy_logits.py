@@ -13,6 +13,31 @@ import torch
 from t4r_fast.ops._table import up_to_date
 from t4r_fast.ops.item_topk import MAX_K, item_topk
 from t4r_fast.ops.target_rank import TargetRank, target_rank
+from t4r_fast.ops.tied_softmax_loss import tied_softmax_loss
+
+
+def best_items(
+    hidden: torch.Tensor,
+    items: torch.Tensor,
+    k: int,
+    *,
+    bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    exclude: torch.Tensor | None = None,
+    log_probabilities: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scores, ids) of item_topk; with log_probabilities scores less the log-sum-exp of all items,
+    excluded ones too, which costs a second pass over them. Nothing N x V is formed."""
+    options = {"bias": bias, "temperature": temperature}
+    scores, ids = item_topk(hidden, items, k, exclude=exclude, **options)
+    if log_probabilities:
+        any_item = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+        with torch.no_grad():
+            _, total = tied_softmax_loss(
+                hidden, items, any_item, reduction="none", return_lse=True, **options
+            )
+        scores = scores - total.unsqueeze(1)
+    return scores, ids
 
 
 class LazyLogits:
@@ -22,7 +47,7 @@ class LazyLogits:
     items    (V, D)
     labels   (M,)     int64; rows whose label is `padding_idx` have no target and do not show
     bias     (V,) or None
-    log_probabilities  whether dense() gives log-softmax of the scores, as releases up to 23.02 did
+    log_probabilities  the scores are log-softmax'ed, as those of releases up to 23.02
     """
 
     def __init__(
@@ -66,11 +91,17 @@ class LazyLogits:
                 self.hidden, self.items, self.labels, bias=self.bias, ignore_index=self.padding_idx
             )
 
-    def topk(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(scores, ids), both (M, k), of the best k <= 128 items per row, ties by lowest id."""
+    def best(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(scores, ids), both (M, k), of the best k <= 128 items for each row, also for those that
+        have no target; ties by lowest id. Without gradients and without the scores of all."""
         with torch.no_grad():
-            return item_topk(
-                self.hidden, self.items, k, bias=self.bias, temperature=self.temperature
+            return best_items(
+                self.hidden,
+                self.items,
+                k,
+                bias=self.bias,
+                temperature=self.temperature,
+                log_probabilities=self.log_probabilities,
             )
 
     def dense(self) -> torch.Tensor:
@@ -86,14 +117,15 @@ class LazyLogits:
 
     # -- being a tensor --------------------------------------------------------------------------
 
-    def _torch_topk(self, k: int, dim: int = -1, largest: bool = True, sorted: bool = True):
-        """torch.topk without the scores, or None where they are needed."""
-        plain = largest and dim in (-1, 1) and not self.log_probabilities
+    def topk(self, k: int, dim: int = -1, largest: bool = True, sorted: bool = True):
+        """As a tensor's: (values, indices) of the N rows that have a target. The scores of all
+        items are formed for k > 128, the smallest, another axis, or gradients alone."""
+        plain = largest and dim in (-1, 1)
         differentiable = torch.is_grad_enabled() and self._has_gradient
         if not plain or differentiable or not 1 <= k <= min(MAX_K, len(self.items)):
-            return None
+            return torch.topk(self.dense(), k, dim, largest, sorted)
         rows = self.labels != self.padding_idx
-        scores, ids = self.topk(k)
+        scores, ids = self.best(k)
         return torch.return_types.topk((scores[rows], ids[rows]))
 
     @property
@@ -103,9 +135,7 @@ class LazyLogits:
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func is torch.topk and isinstance(args[0], LazyLogits):
-            found = args[0]._torch_topk(*args[1:], **(kwargs or {}))
-            if found is not None:
-                return found
+            return args[0].topk(*args[1:], **(kwargs or {}))
         return func(*_densified(args), **_densified(kwargs or {}))
 
     def __getattr__(self, name: str):

@@ -40,9 +40,23 @@ def test_becomes_a_tensor_where_one_is_used(logits):
     assert logits.hidden.grad is not None
 
 
-def test_log_probabilities(logits):
-    logits.log_probabilities = True
-    torch.testing.assert_close(logits.dense().exp().sum(-1), torch.ones(3))
+@pytest.mark.parametrize("log_probabilities", [False, True])
+def test_all_ways_to_read_scores_agree(logits, log_probabilities):
+    logits.log_probabilities = log_probabilities
+    cut = logits.detach()
+    values, ids = cut.topk(4)
+    assert cut._dense is None
+    assert values.shape == ids.shape == (3, 4)
+    every = cut.dense()
+    assert torch.equal(cut.float(), every)
+    assert torch.equal(cut[1], every[1])
+    assert torch.allclose(every.exp().sum(-1), torch.ones(3)) == log_probabilities
+    torch.testing.assert_close(values, every.gather(1, ids))
+    assert torch.equal(ids, every.topk(4).indices)
+    for other in (torch.topk(cut, 4), cut.topk(k=4, dim=1), logits.topk(4)):
+        torch.testing.assert_close(other.values.detach(), values)
+        assert torch.equal(other.indices, ids)
+    torch.testing.assert_close(cut.best(4)[0][cut.labels != 0], values)
 
 
 def test_rank_and_topk_agree_with_the_formed_scores(logits):
@@ -52,7 +66,7 @@ def test_rank_and_topk_agree_with_the_formed_scores(logits):
     own = dense.gather(1, logits.labels[kept][:, None])
     assert torch.equal(rank.above[kept], (dense > own).sum(1))
     assert rank.above[~kept].tolist() == [-1]
-    scores, ids = logits.topk(3)
+    scores, ids = logits.best(3)
     want = dense.topk(3)
     assert torch.equal(ids[kept], want.indices)
     torch.testing.assert_close(scores[kept], want.values)

@@ -89,8 +89,7 @@ def test_seen_items_are_left_out_by_option(masking, compat):
     kept = formed.isfinite().sum(1)
     distinct = torch.tensor([len(set(row[row > 0].tolist())) for row in batch[cells.ITEM]])
     assert torch.equal(kept, ROWS - 1 - distinct)
-    if compat == "23.12":
-        torch.testing.assert_close(formed.gather(1, ids), scores)
+    torch.testing.assert_close(formed.gather(1, ids), scores)
 
 
 def test_fewer_items_than_asked_for():

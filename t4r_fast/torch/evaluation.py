@@ -69,7 +69,7 @@ class KeptPredictions:
             scores = predictions[rows] if dense is None else dense()
             ids = None
         else:
-            scores, ids = predictions.topk(self.top_k)
+            scores, ids = predictions.best(self.top_k)
             scores, ids = scores[rows], ids[rows]
             self.ids.append(ids.cpu().numpy())
         self.scores.append(scores.detach().float().cpu().numpy())

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from t4r_fast.compat import get_compat, warn_once
+from t4r_fast.lazy_logits import best_items
 from t4r_fast.ops._table import up_to_date
-from t4r_fast.ops.item_topk import item_topk
 from t4r_fast.ops.sampled_softmax_loss import SAMPLERS, sampled_softmax_loss
 from t4r_fast.ops.tied_softmax_loss import tied_softmax_loss
 from t4r_fast.torch.block.base import BuildableBlock, takes_mode
@@ -330,9 +330,14 @@ class NextItemPredictionTask(PredictionTask):
         hidden = self._hidden(inputs.reshape(-1, inputs.shape[-1])[rows])
         items, bias, excluded = self.pre.module.items, self._bias, self._excluded(rows.shape[0])
         if top_k is not None:
-            temperature = self.softmax_temperature
-            return item_topk(
-                hidden, items, top_k, bias=bias, temperature=temperature, exclude=excluded
+            return best_items(
+                hidden,
+                items,
+                top_k,
+                bias=bias,
+                temperature=self.softmax_temperature,
+                exclude=excluded,
+                log_probabilities=self._log_probabilities,
             )
         scores = hidden @ up_to_date(items).T
         if bias is not None:
