@@ -63,9 +63,7 @@ def accelerate(model: nn.Module) -> Acceleration:
     their projection runs on the rows that have a target alone:
 
     loss           tied_softmax_loss; in training with sampled_softmax sampled_softmax_loss with
-                   sampler "t4rec": other random numbers of the same distribution, and a correction
-                   by the chance 1 - (1 - p)^n of being drawn, for which the reference computes
-                   1 - (1 + p)^-n: popular items differ, and the mean loss by little
+                   sampler "t4rec": other random numbers of the same distribution
     metrics        from the target's rank (target_rank); of equal scores the lower id ranks first
     model.top_k    item_topk, up to k = 128
     `predictions`  LazyLogits: a tensor as soon as anybody uses them as one. torch.topk of them, as

@@ -18,6 +18,7 @@ from t4r_fast.ops.sampled_softmax_loss import (
 )
 from t4r_fast.reference import _scores
 from t4r_fast.reference import sampled_softmax_loss as reference
+from t4r_fast.torch.model.sampler import LogUniformSampler
 
 LANES = lanes("sampled_softmax_loss")
 SEED = torch.tensor([0x1234567890ABCDEF, (3 << 32) + 99])
@@ -39,20 +40,18 @@ def probabilities(v, sampler, low=0, popularity=None, alpha=1.0):
     elif sampler == "popularity":
         return popularity.double() ** alpha / (popularity.double() ** alpha).sum()
     else:
-        size = v - low + (sampler == "t4rec")
-        q = torch.log1p(1 / (c.clamp(min=0) + 1)) / math.log(size + 1)
+        q = torch.log1p(1 / (c.clamp(min=0) + 1)) / math.log(v - low + 1)
     return q.where(c >= 0, 0.0)
 
 
 def drawn(entries, v, k, sampler="log_uniform", scope="batch", low=0, popularity=None, alpha=1.0):
     """ids and valid (M, K) that the op draws for SEED."""
-    size = v - low + (sampler == "t4rec")
     options = reference.Options(
         k,
         SAMPLERS.index(sampler),
         SCOPES.index(scope),
         low,
-        math.log(size + 1),
+        math.log(v - low + 1),
         True,
         True,
         1.0,
@@ -97,7 +96,7 @@ def naive(
     z, z_target = scores.gather(1, ids), scores.gather(1, y[:, None])[:, 0]
     hit = ids == y[:, None]
     if sampler == "t4rec":
-        p = torch.log(1 - (1 - q) ** (2 * k) + 1e-16).to(z.dtype)
+        p = torch.log(1 - (1 + q) ** (-2 * k) + 1e-16).to(z.dtype)
         z, z_target = z - p[ids], z_target - p[y]
         z = z.where(~hit, torch.finfo(torch.float16).min / 100.0)
     z, z_target = z / temperature, z_target / temperature
@@ -490,6 +489,35 @@ def test_t4rec_takes_the_lowest_ids():
     assert len(kept) == 100
     assert kept.max() < 20_000  # the log-uniform's median of 100 is far above
     assert torch.equal(kept, kept.unique())
+
+
+# LogUniformSampler(max_n_samples=5, max_id=10, min_id=1).unique_sampling_dist of transformers4rec
+# 23.12: what it takes for the chance that ten draws hold an id.
+T4REC_CHANCES = [
+    0.0, 0.9280340671539307, 0.802489697933197, 0.6918860673904419, 0.6034573316574097,
+    0.5332803130149841, 0.4769149124622345, 0.43091583251953125, 0.39278486371040344,
+    0.3607213795185089,
+]  # fmt: skip
+
+
+def test_t4rec_corrects_as_the_reference_does():
+    ids = torch.arange(10)
+    options = reference.Options(
+        5, SAMPLERS.index("t4rec"), 0, 1, math.log(10), True, True, 1.0, -100
+    )
+    chances = torch.tensor(T4REC_CHANCES, dtype=torch.float64) + 1e-16
+    torch.testing.assert_close(
+        reference._expected(options, ids, 10, None), chances.log(), rtol=1e-6, atol=1e-6
+    )
+    # and at a size where float32 logarithms are nearly those of float64
+    sampler = LogUniformSampler(50, 1000, 1, keep_lowest=True)
+    options = options._replace(num_negatives=50, log_size=math.log(1000))
+    torch.testing.assert_close(
+        reference._expected(options, torch.arange(1, 1000), 1000, None).exp(),
+        sampler.unique_sampling_dist[1:].double(),
+        rtol=1e-3,
+        atol=0,
+    )
 
 
 @pytest.mark.parametrize("lane", LANES)

@@ -39,8 +39,6 @@ struct Negatives {
         const int64_t found = std::upper_bound(cumulative, end, u * end[-1]) - cumulative;
         return found < items ? found : items - 1;
       }
-      case Sampler::kT4rec:
-        return low + log_uniform(u, items - low + 1, log_size);
       default:
         return low + log_uniform(u, items - low, log_size);
     }
@@ -57,12 +55,12 @@ struct Negatives {
     return std::log(std::log1p(1.0 / (static_cast<double>(id - low) + 1.0)) / log_size);
   }
 
-  // log of how often a set holds the id on average; t4rec's own form for it
+  // log of how often a set holds the id on average; of t4rec what the reference takes for it
   double expected(int64_t id) const {
     const double q = log_q(id);
     if (sampler != Sampler::kT4rec) return q + std::log(static_cast<double>(count));
     const double tries = 2.0 * static_cast<double>(count);
-    return std::log(-std::expm1(tries * std::log1p(-std::exp(q))) + kT4recEpsilon);
+    return std::log(-std::expm1(-tries * std::log1p(std::exp(q))) + kT4recEpsilon);
   }
 
   // What is subtracted from a target's logit.
@@ -111,8 +109,8 @@ struct DrawnSet {
         times.back() += !t4rec;
         continue;
       }
-      // t4rec: the lowest of twice as many draws; its range has one id more than there are items
-      if (t4rec && (size() == negatives.count || id >= negatives.items)) break;
+      // t4rec: the lowest of twice as many draws
+      if (t4rec && size() == negatives.count) break;
       ids.push_back(id);
       times.push_back(1);
     }

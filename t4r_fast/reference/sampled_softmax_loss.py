@@ -60,13 +60,11 @@ def _draw(
     """ids and valid of the sets: (S, K)."""
     size, count = items - options.low, options.num_negatives
     if options.sampler == T4REC:
-        # Its table has one class more than there are items; an id past the end is left out.
         u = unit_draws(seed, NEGATIVE, sets, 0, 2 * count)
-        ids = log_uniform(u, size + 1, options.log_size).sort(1).values + options.low
+        ids = log_uniform(u, size, options.log_size).sort(1).values + options.low
         new = torch.ones_like(ids, dtype=torch.bool)
         new[:, 1:] = ids[:, 1:] != ids[:, :-1]
-        valid = new & (new.cumsum(1) <= count) & (ids < items)
-        return ids.clamp(max=items - 1), valid
+        return ids, new & (new.cumsum(1) <= count)
     u = unit_draws(seed, NEGATIVE, sets, 0, count)
     if options.sampler == LOG_UNIFORM:
         return log_uniform(u, size, options.log_size) + options.low, None
@@ -88,10 +86,11 @@ def log_q(options: Options, ids: Tensor, items: int, cumulative: Tensor | None) 
 
 
 def _expected(options: Options, ids: Tensor, items: int, cumulative: Tensor | None) -> Tensor:
-    """float64 log of how often a set holds each id on average; t4rec's own form for it."""
+    """float64 log of how often a set holds each id on average; of t4rec what the reference takes
+    for it."""
     q = log_q(options, ids, items, cumulative)
     if options.sampler == T4REC:
-        inclusion = -torch.expm1(2 * options.num_negatives * torch.log1p(-q.exp()))
+        inclusion = -torch.expm1(-2 * options.num_negatives * torch.log1p(q.exp()))
         return torch.log(inclusion + T4REC_EPSILON)
     return q + math.log(options.num_negatives)
 
