@@ -122,6 +122,7 @@ def test_testing_data_have_a_schema_a_file_and_batches(name):
         if column.int_domain is not None:
             assert 1 <= values.min() <= values.max() <= column.int_domain.max
     assert data.path == data.path
+    assert dataset.Dataset(data.schema_path).schema == data.schema
 
 
 def test_a_model_trains_on_testing_data(tmp_path):

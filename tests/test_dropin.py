@@ -79,6 +79,13 @@ def test_the_imports_of_the_examples_work():
         from transformers4rec.data import tabular_sequence_testing_data
         from transformers4rec.data.synthetic import generate_session_interactions
         from transformers4rec.data.dataset import ParquetDataset
+        from transformers4rec.data.testing.dataset import tabular_sequence_testing_data as again
+        from transformers4rec.data.testing.tabular_data.dataset import tabular_testing_data
+        from transformers4rec.data.testing.music_streaming.dataset import (
+            music_streaming_testing_data,
+        )
+        from transformers4rec.data.yoochoose import process_clicks
+        from transformers4rec.utils.dependencies import is_merlin_dataloader_available
         from transformers4rec.utils.data_utils import save_time_based_splits
         from merlin_standard_lib import Schema, Tag
         import merlin_standard_lib as msl
@@ -89,6 +96,8 @@ def test_the_imports_of_the_examples_work():
     assert found["transformers4rec"].torch is t4r_fast.torch
     assert found["NDCGAt"] is t4r_fast.torch.ranking_metric.NDCGAt
     assert found["Schema"] is t4r_fast.schema.Schema
+    assert found["again"] is found["tabular_sequence_testing_data"]
+    assert found["tabular_testing_data"] is t4r_fast.data.tabular_testing_data
     column = found["msl"].ColumnSchema.create_categorical(
         "item", 3, value_count=found["msl"].schema.ValueCount(1, 20), tags=[found["Tag"].ITEM_ID]
     )

@@ -152,6 +152,16 @@ def test_merlins_loader_feeds_the_trainer(out):
     assert found["merlin"]["eval_/loss"] < found["first"]["eval_/loss"]
 
 
+def test_merlin_core_takes_our_schema(out):
+    item, price = json.loads((out / "found.json").read_text())["core"]
+    assert item[:4] == [
+        "product_id-list_seq", "int64", True, ["categorical", "id", "item", "list"],
+    ]  # fmt: skip
+    assert item[4]["value_count"] == {"min": 2, "max": 20}
+    assert price[:3] == ["price_log_norm-list_seq", "float64", True]
+    assert price[4]["domain"]["min"] < price[4]["domain"]["max"]
+
+
 def test_the_nvtabular_workflow_is_kept(out):
     found = json.loads((out / "found.json").read_text())
     assert {"product_id", "brand", "price_log_norm", "session"} <= set(found["columns"])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from t4r_fast.data.random_data import random_data_from_schema
+from t4r_fast.merlin_schema import to_core_schema
 from t4r_fast.schema import Schema
 
 
@@ -26,6 +28,11 @@ class Dataset:
     @property
     def schema(self) -> Schema:
         return self._schema
+
+    @property
+    def merlin_schema(self) -> Any:
+        """The schema as merlin-core's; see to_core_schema."""
+        return to_core_schema(self.schema)
 
     def torch_synthetic_data(
         self,

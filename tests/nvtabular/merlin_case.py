@@ -14,6 +14,7 @@ from merlin.dataloader.torch import Loader
 
 import t4r_fast.torch as tr
 from t4r_fast import etl
+from t4r_fast.merlin_schema import to_core_schema
 
 COLUMNS = ["product_id-list_seq", "price_log_norm-list_seq"]
 
@@ -72,6 +73,10 @@ def main(events: str, out: Path) -> None:
     workflow = nvt.Workflow.load(str(out / "nvtabular" / "nvtabular_workflow"))
     found["columns"] = workflow.output_schema.column_names
     found["sessions"] = pl.read_parquet(train).height
+    found["core"] = [
+        [c.name, c.dtype.name, c.is_list, sorted(t.value for t in c.tags), c.properties]
+        for c in to_core_schema(schema)
+    ]
     (out / "found.json").write_text(json.dumps(found))
 
 

@@ -47,8 +47,10 @@ BETTER: dict[str, str] = {
     "transformers4rec.config.trainer.T4RecTrainingArguments": "warmup_ratio counts; unread fields"
     " say so",
     "transformers4rec.data.synthetic.generate_session_interactions": "works",
+    "transformers4rec.data.yoochoose.process_clicks": "a Polars frame, no cuDF",
     f"{T}utils.schema_utils.random_data_from_schema": "leaves random states alone",
     "transformers4rec.utils.data_utils.session_aggregator": "needs no NVTabular",
+    "transformers4rec.utils.dependencies.is_merlin_dataloader_available": "False where it is not",
 }
 # Names that are there with less: name -> what is missing.
 IN_PART: dict[str, str] = {

@@ -20,7 +20,10 @@ ROWS = 1000
 
 
 class TestingData(Dataset):
-    """A schema, and 1,000 random sessions at `path`, the same in every process."""
+    """A schema, and 1,000 random sessions at `path`, the same in every process.
+
+    Both files are made when they are first asked for, in a folder that goes with the process.
+    """
 
     __test__ = False  # pytest takes classes named so for tests
 
@@ -29,11 +32,21 @@ class TestingData(Dataset):
         self._schema = schema
 
     @functools.cached_property
+    def _folder(self) -> tempfile.TemporaryDirectory[str]:
+        return tempfile.TemporaryDirectory(prefix="t4r_fast-testing-")
+
+    @functools.cached_property
     def path(self) -> str:
-        """A parquet file in a folder that the process takes with it when it ends."""
-        self._folder = tempfile.TemporaryDirectory(prefix="t4r_fast-testing-")
+        """A parquet file with the sessions."""
         file = Path(self._folder.name) / f"{self.name}.parquet"
         pq.write_table(self._table(), file)
+        return str(file)
+
+    @functools.cached_property
+    def schema_path(self) -> str:
+        """A JSON file with the schema."""
+        file = Path(self._folder.name) / f"{self.name}.json"
+        file.write_text(self.schema.to_json())
         return str(file)
 
     def _table(self) -> pa.Table:
