@@ -1,4 +1,4 @@
-"""Our schema as merlin-core's, for people who go on with Merlin's other libraries."""
+"""Our schema as merlin-core's, and back, for people who go on with Merlin's other libraries."""
 
 from __future__ import annotations
 
@@ -29,3 +29,12 @@ def to_core_schema(t4rec_schema: Schema) -> Any:
         for c in t4rec_schema
     )
     return TensorflowMetadata.from_json(bounded.to_json()).to_merlin_schema()
+
+
+def from_core_schema(core_schema: Any) -> Schema:
+    """A merlin.schema.Schema as ours."""
+    from merlin.schema.io.tensorflow_metadata import TensorflowMetadata
+
+    return Schema().from_proto_text(
+        TensorflowMetadata.from_merlin_schema(core_schema).to_proto_text()
+    )

@@ -14,9 +14,30 @@ from transformers import TrainerCallback
 
 import t4r_fast.torch as tr
 from t4r_fast.errors import InputError
-from t4r_fast.torch.data import ParquetDataLoader
+from t4r_fast.torch.data import ParquetDataLoader, dataloader_registry
 
 BATCH = 8  # of a process
+
+
+@dataloader_registry.register("dealt")
+class Dealt(tr.T4RecDataLoader):
+    """A user's engine, whose loader takes each n-th batch and does not say that it does."""
+
+    _batch_size = BATCH
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    @classmethod
+    def from_schema(cls, schema, paths, batch_size, max_sequence_length, **options):
+        whole = list(ParquetDataLoader(paths, schema, batch_size, max_sequence_length))
+        return cls(whole[options["global_rank"] :: options["global_size"]])
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self):
+        return len(self.batches)
 
 
 def make_model(masking, dropout, attn_type, *more):
@@ -85,6 +106,10 @@ class _Listed(list):
     _batch_size = BATCH
 
 
+def _own(args):
+    return {"global_size": args.world_size, "global_rank": args.process_index}
+
+
 def main(folder: Path) -> None:
     data, odd, bare = (str(folder / f"{name}.parquet") for name in ("data", "odd", "bare"))
     out = {"trained": trained(folder / "t", data, causal_model(), BATCH)}
@@ -130,6 +155,18 @@ def main(folder: Path) -> None:
     )
     given.train()
     out["given_steps"] = given.state.global_step
+    dealt = make_trainer(
+        folder / "d",
+        odd,
+        causal_model(),
+        data_loader_engine="dealt",
+        per_device_train_batch_size=BATCH,
+        num_train_epochs=1,
+        save_strategy="no",
+    )
+    dealt.train()
+    out["dealt_batches"] = len(Dealt.from_schema(SCHEMA, odd, BATCH, LENGTH, **_own(dealt.args)))
+    out["dealt_steps"] = dealt.state.global_step
     try:
         make_trainer(folder / "r", data, table_optimizer="adamw")
     except InputError as e:

@@ -82,6 +82,8 @@ def test_uneven_data_end_in_the_same_step(two):
     assert two[0]["odd_steps"] == two[1]["odd_steps"] == 2 * (97 // (2 * BATCH))
     _same(two[0]["odd_weights"], two[1]["odd_weights"])
     assert two[0]["given_steps"] == two[1]["given_steps"] == 97 // BATCH // 2
+    assert [part["dealt_batches"] for part in two] == [7, 6]
+    assert two[0]["dealt_steps"] == two[1]["dealt_steps"] == 6
 
 
 def test_processes_draw_different_masks(two):

@@ -162,6 +162,12 @@ def test_merlin_core_takes_our_schema(out):
     assert price[4]["domain"]["min"] < price[4]["domain"]["max"]
 
 
+def test_a_merlin_dataset_is_read(out):
+    alike = json.loads((out / "found.json").read_text())["alike"]
+    assert len(alike) > 10
+    assert all(alike)
+
+
 def test_the_nvtabular_workflow_is_kept(out):
     found = json.loads((out / "found.json").read_text())
     assert {"product_id", "brand", "price_log_norm", "session"} <= set(found["columns"])

@@ -68,7 +68,8 @@ class _Fields(TrainingArguments):
         },
     )
     data_loader_engine: str | None = dataclasses.field(
-        default=None, metadata={"help": "'parquet', or a name of the reference's engines."}
+        default=None,
+        metadata={"help": "'parquet', a name of the reference's engines, or a registered one."},
     )
     eval_on_test_set: bool = dataclasses.field(
         default=False, metadata={"help": "No effect, as in the reference."}
@@ -115,8 +116,10 @@ class T4RecTrainingArguments(_Fields):
 
     max_sequence_length       width of every batch; None: the longest session of the batch
     shuffle_buffer_size       sessions mixed at a time where data do not fit in memory; 0: what fits
-    data_loader_engine        "parquet", or any engine name of the reference (the same loader);
-                              default "merlin", at compat 0.1 "nvtabular"
+    data_loader_engine        "parquet" reads every column of the schema; "merlin", "nvtabular" and
+                              "pyarrow" are the same loader over the columns that the reference's
+                              read; or a name in dataloader_registry. Default "merlin", at compat
+                              0.1 "nvtabular"
     eval_steps_on_train_set   batches of evaluate(metric_key_prefix="train"); 0: all
     predict_top_k             best items that predict() keeps; 0: all scores. Default 100, at
                               compat 0.1 10

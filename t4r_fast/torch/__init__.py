@@ -33,12 +33,13 @@ from t4r_fast.torch.block.mlp import MLPBlock
 from t4r_fast.torch.block.transformer import TransformerBlock
 from t4r_fast.torch.checkpoint import load_weights
 from t4r_fast.torch.data import (
-    DATA_LOADER_ENGINES,
+    DLDataLoader,
     MerlinDataLoader,
     NVTabularDataLoader,
     ParquetDataLoader,
     PyarrowDataLoader,
     T4RecDataLoader,
+    dataloader_registry,
 )
 from t4r_fast.torch.features.continuous import ContinuousFeatures
 from t4r_fast.torch.features.embedding import (
@@ -93,7 +94,6 @@ from t4r_fast.torch.tabular.transformations import (
 from t4r_fast.torch.trainer import Trainer
 
 __all__ = [
-    "DATA_LOADER_ENGINES",
     "AlbertConfig",
     "AsTabular",
     "BertConfig",
@@ -104,6 +104,7 @@ __all__ = [
     "CausalLanguageModeling",
     "ConcatFeatures",
     "ContinuousFeatures",
+    "DLDataLoader",
     "ElectraConfig",
     "ElementwiseSum",
     "ElementwiseSumItemMulti",
@@ -160,6 +161,7 @@ __all__ = [
     "TransformerBlock",
     "XLNetConfig",
     "build_blocks",
+    "dataloader_registry",
     "load_model",
     "load_weights",
     "masking_registry",

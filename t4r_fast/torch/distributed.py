@@ -61,13 +61,14 @@ def is_shared_out(loader: Any) -> bool:
     return (getattr(loader, "global_size", None) or 1) > 1
 
 
-def own_part(loader: Any, device: torch.device) -> DataLoader:
+def own_part(loader: Any, device: torch.device, shared_out: bool = False) -> DataLoader:
     """This process's part of a loader that the user brings, equally many batches in each process.
 
-    A loader with global_size > 1 gives the part of its process; all stop where the shortest ends.
+    A loader with global_size > 1, or one that is known to be shared_out, gives the part of its
+    process; all stop where the shortest ends.
     Any other gives the same batches in the same order in every process, which takes each n-th.
     """
-    if not is_shared_out(loader):
+    if not shared_out and not is_shared_out(loader):
         return OwnBatches(loader, dist.get_rank(), dist.get_world_size())
     shortest = torch.tensor(len(loader), device=device)
     dist.all_reduce(shortest, dist.ReduceOp.MIN)

@@ -34,7 +34,7 @@ from t4r_fast.optim import ModelOptimizer, for_model
 from t4r_fast.schema import Schema
 from t4r_fast.torch import distributed
 from t4r_fast.torch.checkpoint import Checkpoints, _complete
-from t4r_fast.torch.data import T4RecDataLoader
+from t4r_fast.torch.data import ParquetDataLoader, T4RecDataLoader
 from t4r_fast.torch.data.given import GivenLoader, resumable
 from t4r_fast.torch.evaluation import (
     KeptPredictions,
@@ -194,10 +194,18 @@ class Trainer(Checkpoints, transformers.Trainer):
             return data
         if self.schema is None:
             raise InputError("Trainer: give a schema; it says which columns to read from the files")
-        args, options = self.args, {}
-        if kind == "train" and args.world_size > 1:
+        args, engine = self.args, T4RecDataLoader.parse(self.args.data_loader_engine)
+        shared_out = kind == "train" and args.world_size > 1
+        options: dict[str, Any] = {}
+        if shared_out:
             options = {"global_size": args.world_size, "global_rank": args.process_index}
-        return T4RecDataLoader.parse(args.data_loader_engine).from_schema(
+        if isinstance(engine, type) and issubclass(engine, ParquetDataLoader):
+            options["seed"] = args.seed if args.data_seed is None else args.data_seed
+            options["prefetch"] = args.dataloader_prefetch_factor or 4
+        else:  # a user's: exactly what the reference's Trainer gives
+            options = {"global_size": None, "global_rank": None, **options}
+            options["device"] = args.device if args.world_size > 1 else None
+        loader = engine.from_schema(
             self.schema,
             data,
             batch_size,
@@ -205,10 +213,11 @@ class Trainer(Checkpoints, transformers.Trainer):
             shuffle=shuffle,
             shuffle_buffer_size=args.shuffle_buffer_size,
             drop_last=args.dataloader_drop_last,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            prefetch=args.dataloader_prefetch_factor or 4,
             **options,
         )
+        if shared_out and not isinstance(loader, ParquetDataLoader):
+            return distributed.own_part(loader, args.device, shared_out=True)
+        return loader
 
     def num_examples(self, dataloader: Any) -> int:
         """Sessions in one pass of the loader."""

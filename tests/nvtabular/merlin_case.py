@@ -23,6 +23,14 @@ def metrics(found: dict) -> dict:
     return {k: v for k, v in found.items() if "/" in k}
 
 
+def alike(data: nvt.Dataset, train: str) -> list[bool]:
+    """Are the batches of a real Dataset, by our MerlinDataLoader, those of its files?"""
+    by_dataset = tr.MerlinDataLoader(data, 64, 20)
+    by_name = tr.MerlinDataLoader(train, 64, 20, cats=COLUMNS[:1], conts=COLUMNS[1:], lists=COLUMNS)
+    pairs = list(zip(by_dataset, by_name, strict=True))
+    return [torch.equal(a[name], b[name]) for (a, _), (b, _) in pairs for name in COLUMNS]
+
+
 def main(events: str, out: Path) -> None:
     for engine in ("polars", "nvtabular"):
         etl.run(events, out / engine, engine=engine)
@@ -77,6 +85,7 @@ def main(events: str, out: Path) -> None:
         [c.name, c.dtype.name, c.is_list, sorted(t.value for t in c.tags), c.properties]
         for c in to_core_schema(schema)
     ]
+    found["alike"] = alike(data, train)
     (out / "found.json").write_text(json.dumps(found))
 
 

@@ -42,8 +42,10 @@ BETTER: dict[str, str] = {
     f"{T}tabular.base.SequentialTabularTransformations": "append works",
     f"{T}tabular.transformations.StochasticSwapNoise": "can spare the targets: noise_targets",
     f"{T}trainer.Trainer": "resumes bit for bit; metrics by ranks; several processes agree",
-    f"{T}utils.data_utils.PyarrowDataLoader": "shuffles, reads ahead, larger than memory; other"
-    " arguments of the constructor, from_schema takes the reference's",
+    f"{T}utils.data_utils.MerlinDataLoader": "needs no Merlin; checks ids",
+    f"{T}utils.data_utils.MerlinDataLoader.output_schema": "our Schema, which blocks take",
+    f"{T}utils.data_utils.PyarrowDataLoader": "shuffles, reads ahead, larger than memory",
+    f"{T}utils.data_utils.ShuffleDataset": "works",
     "transformers4rec.config.trainer.T4RecTrainingArguments": "warmup_ratio counts; unread fields"
     " say so",
     "transformers4rec.data.synthetic.generate_session_interactions": "works",
@@ -57,8 +59,11 @@ IN_PART: dict[str, str] = {
     "merlin_standard_lib.schema.schema.ColumnSchema": "a plain class: of protobuf's fields name,"
     " type, domains, value_count, shape and annotation",
     "merlin_standard_lib.schema.schema.Schema": "a plain class that holds `feature`",
-    f"{T}utils.data_utils.MerlinDataLoader": "the name of our parquet loader; from_schema takes the"
-    " reference's arguments",
+}
+# Names that make no sense here, and why.
+WHY_NOT: dict[str, str] = {
+    "transformers4rec.config.trainer.T4RecTrainingArgumentsTF": "TensorFlow",
+    "transformers4rec.data.dataset.Dataset.tf_synthetic_data": "TensorFlow",
 }
 # Their arguments are those of transformers.
 CONFIGS = "transformers4rec.config.transformer."
@@ -136,7 +141,7 @@ def judged(full: str, theirs: dict | None, own: Any, of: Any = None) -> tuple[st
     if last in getattr(of, "__dataclass_fields__", {}):
         return "same", ""
     if own is None and (of is None or not hasattr(of, last)):
-        return "not yet", ""
+        return "not yet", WHY_NOT.get(full, "")
     if full in BETTER:
         return "better", BETTER[full]
     if full in IN_PART:
@@ -164,7 +169,7 @@ def table() -> str:
             said = f"{name}: {what}" if status == "better" else f"{name} in part: {what}"
             kinds["better"].append(said)
         else:
-            kinds[status].append(name)
+            kinds[status].append(f"{name} ({what})" if what else name)
     lines = ["| module | same | better, or in part | not yet |", "|---|---|---|---|"]
     for module, kinds in by_module.items():
         short = module.replace("transformers4rec.", "").replace("merlin_standard_lib", "msl")

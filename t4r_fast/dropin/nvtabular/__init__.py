@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from t4r_fast.compat import warn_once
 from t4r_fast.errors import InputError
 from t4r_fast.etl import Workflow
-from t4r_fast.torch.data.sessions import parquet_files
+from t4r_fast.torch.data.row_blocks import parquet_files
 
 __all__ = ["Dataset", "Workflow"]
 

@@ -7,53 +7,27 @@ from t4r_fast.data import (
     tabular_sequence_testing_data,
     tabular_testing_data,
 )
-from t4r_fast.errors import InputError
+from t4r_fast.merlin_schema import to_core_schema
+from t4r_fast.torch.data.engines import DLDataLoader, T4RecDataLoader, dataloader_registry
 from t4r_fast.torch.data.loader import ParquetDataLoader, SessionBatches
+from t4r_fast.torch.data.merlin_loader import MerlinDataLoader, NVTabularDataLoader
+from t4r_fast.torch.data.pyarrow_loader import ParquetDataset, PyarrowDataLoader, ShuffleDataset
 
 __all__ = [
-    "DATA_LOADER_ENGINES",
+    "DLDataLoader",
     "MerlinDataLoader",
     "NVTabularDataLoader",
     "ParquetDataLoader",
+    "ParquetDataset",
     "PyarrowDataLoader",
     "SessionBatches",
+    "ShuffleDataset",
     "T4RecDataLoader",
+    "dataloader_registry",
     "music_streaming_testing_data",
     "tabular_sequence_testing_data",
     "tabular_testing_data",
+    "to_core_schema",
 ]
 
-# One loader answers every name of the reference's: none of its engines is needed.
-DATA_LOADER_ENGINES: dict[str, type[ParquetDataLoader]] = dict.fromkeys(
-    (
-        "parquet",
-        "merlin",
-        "merlin_dataloader",
-        "nvtabular",
-        "nvtabular_dataloader",
-        "pyarrow",
-        "pyarrow_builder",
-    ),
-    ParquetDataLoader,
-)
-
-MerlinDataLoader = NVTabularDataLoader = PyarrowDataLoader = ParquetDataLoader
-
-
-class T4RecDataLoader:
-    """Finds a data loader by the name of its engine."""
-
-    @classmethod
-    def parse(cls, class_or_str: str | type) -> type:
-        """The loader class of an engine: "parquet" or a name of the reference's engines.
-
-        A class is returned as it is. Raises InputError for a name that is not known.
-        """
-        if not isinstance(class_or_str, str):
-            return class_or_str
-        if class_or_str not in DATA_LOADER_ENGINES:
-            raise InputError(
-                f"data_loader_engine must be one of {', '.join(DATA_LOADER_ENGINES)};"
-                f" got {class_or_str!r}"
-            )
-        return DATA_LOADER_ENGINES[class_or_str]
+dataloader_registry.register("parquet")(ParquetDataLoader)

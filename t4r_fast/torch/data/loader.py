@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,13 +21,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from t4r_fast.compat import get_compat, warn_once
 from t4r_fast.errors import InputError
 from t4r_fast.schema import Schema, Tags
+from t4r_fast.torch.data.row_blocks import RowBlock, row_blocks, stored_name
 from t4r_fast.torch.data.sessions import (
-    RowBlock,
     SessionTable,
     item_id_column,
+    padding_ids,
     read_block,
-    row_blocks,
-    stored_name,
     wanted_columns,
 )
 
@@ -37,6 +36,7 @@ TRUNCATE = ("last", "first")
 _WITHOUT_EFFECT = {
     "num_workers", "pin_memory", "device", "parts_per_chunk", "row_groups_per_part", "buffer_size",
     "engine", "use_env_rmm", "persistent_workers", "prefetch_factor", "collate_fn",
+    "reader_kwargs",
 }  # fmt: skip
 
 
@@ -62,6 +62,7 @@ class SessionBatches(IterableDataset):
         memory_limit: int,
         global_size: int = 1,
         global_rank: int = 0,
+        padding_idx: int | Mapping[str, int] = 0,
     ) -> None:
         _positive("batch_size", batch_size, 1)
         _positive("global_size", global_size, 1)
@@ -90,7 +91,8 @@ class SessionBatches(IterableDataset):
         self._truncate = truncate or ("first" if get_compat() == "0.1" else "last")
         self._truncate_is_given = truncate is not None
         self._targets = targets
-        self._wanted = wanted_columns(schema)
+        self.padding_ids = padding_ids(schema, padding_idx)
+        self._wanted = wanted_columns(schema, self.padding_ids)
         self._item_id = item_id_column(schema)
         self._blocks = row_blocks(source)
         self._rows = sum(b.rows for b in self._blocks)
@@ -99,6 +101,8 @@ class SessionBatches(IterableDataset):
         self._fits = self._bytes() <= memory_limit
         # a third: the pool, the row group read next and the joined copy are alive together
         self._pool = shuffle_buffer_size or max(self.batch_size, memory_limit // (3 * row_bytes))
+        #: called with each batch, in the caller's thread; gives what the loop sees
+        self.collate: Callable[[Any], Any] | None = None
         self._held: SessionTable | None = None
         self._epoch = 0
 
@@ -143,9 +147,10 @@ class SessionBatches(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         epoch, self._epoch = self._epoch, self._epoch + 1
+        batches = self._batches(epoch)
         if self.prefetch:
-            return prefetched(lambda: self._batches(epoch), self.prefetch)
-        return self._batches(epoch)
+            batches = prefetched(lambda: self._batches(epoch), self.prefetch)
+        return batches if self.collate is None else map(self.collate, batches)
 
     # -- one pass --------------------------------------------------------------------------------
 
@@ -232,9 +237,10 @@ class SessionBatches(IterableDataset):
 
 
 class ParquetDataLoader(DataLoader):
-    """Batches of sessions from parquet files, right-padded with 0, read ahead in a thread.
+    """Batches of sessions from parquet files, padded on the right, read ahead in a thread.
 
-    source               path, pattern, folder, several of them, or an Arrow or Polars table
+    source               path, pattern, folder, several of them, a table of Arrow, Polars or pandas,
+                         or a Merlin Dataset, which is read into memory
     schema               columns to read; ids outside their int_domain are refused
     batch_size           sessions per batch
     max_sequence_length  width of every batch; None: the longest session of the batch
@@ -250,6 +256,8 @@ class ParquetDataLoader(DataLoader):
     global_size          processes that divide each step's global_size x batch_size sessions, and
     global_rank          which of them this one is. All take equally many steps: up to
                          global_size - 1 sessions left at the end join the last batch
+    padding_idx          the id that pads columns of ids, or ids by column, where the others have 0;
+                         numbers are padded with 0. The model's own: from_schema(padding_idx=...)
 
     Gives (inputs, targets), at compat 0.1 inputs with the targets in it. inputs: list columns
     (B, L), others (B,), int64 or float32; targets: None, a tensor, or a dict of several.
@@ -278,6 +286,7 @@ class ParquetDataLoader(DataLoader):
         memory_limit: int = 1 << 30,
         global_size: int = 1,
         global_rank: int = 0,
+        padding_idx: int | Mapping[str, int] = 0,
     ) -> None:
         if targets is None:
             targets = schema.select_by_tag(Tags.TARGET).column_names
@@ -286,13 +295,15 @@ class ParquetDataLoader(DataLoader):
         batches = SessionBatches(
             schema, source, batch_size, max_sequence_length, shuffle, drop_last,
             shuffle_buffer_size, seed, truncate, names, prefetch, memory_limit, global_size,
-            global_rank,
+            global_rank, padding_idx,
         )  # fmt: skip
         # batch_size None: the dataset gives whole batches. Being a DataLoader lets the training
         # loop of transformers skip batches when it resumes.
         super().__init__(batches, batch_size=None)
         self._batch_size = batch_size
         self.global_size, self.global_rank = global_size, global_rank
+        #: column of ids -> the id that pads it
+        self.padding_ids = batches.padding_ids
 
     @classmethod
     def from_schema(
@@ -307,9 +318,7 @@ class ParquetDataLoader(DataLoader):
 
         Options of the reference's loaders without a meaning here are accepted and warned about.
         """
-        for name in sorted(_WITHOUT_EFFECT & set(options)):
-            options.pop(name)
-            warn_once(f"ParquetDataLoader {name}", f"{name} has no effect on the parquet loader")
+        options = with_effect(options)
         return cls(paths_or_dataset, schema, batch_size, max_sequence_length, **options)
 
     def set_epoch(self, epoch: int) -> None:
@@ -322,6 +331,13 @@ class ParquetDataLoader(DataLoader):
 
     def __len__(self) -> int:
         return self.dataset.num_batches
+
+
+def with_effect(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options without those of the reference that have no meaning here, which are warned of."""
+    for name in sorted(_WITHOUT_EFFECT & set(options)):
+        warn_once(f"ParquetDataLoader {name}", f"{name} has no effect on the parquet loader")
+    return {n: v for n, v in options.items() if n not in _WITHOUT_EFFECT}
 
 
 def _positive(name: str, value: int, least: int) -> None:

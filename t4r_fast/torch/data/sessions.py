@@ -7,35 +7,29 @@ is one gather per column, so no row passes through Python.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import glob
-import os
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from t4r_fast.errors import InputError
 from t4r_fast.schema import ColumnSchema, Schema, Tags
-
-# Later tutorials write `<feature>-list`, the first ones `<feature>-list_seq`.
-_SUFFIXES = ("-list_seq", "-list")
+from t4r_fast.torch.data.row_blocks import RowBlock, is_list, stored_name
 
 
 @dataclasses.dataclass(frozen=True)
 class WantedColumn:
-    """One column to read: `high` is the largest id the schema allows, None where it names none."""
+    """One column to read: `high` is the largest id the schema allows, None where it names none;
+    `pad` is what stands behind the end of a session."""
 
     name: str
     dtype: type[np.generic]
     low: int | None = None
     high: int | None = None
+    pad: int = 0
 
     @classmethod
-    def of(cls, column: ColumnSchema) -> WantedColumn:
+    def of(cls, column: ColumnSchema, pad: int = 0) -> WantedColumn:
         if column.type == "BYTES":
             raise InputError(
                 f"schema: column {column.name!r} holds strings (type BYTES), which no model takes;"
@@ -45,19 +39,8 @@ class WantedColumn:
             return cls(column.name, np.float32)
         domain = column.int_domain
         if domain is None or not column.is_categorical:
-            return cls(column.name, np.int64)
-        return cls(column.name, np.int64, min(int(domain.min), 0), int(domain.max))
-
-
-@dataclasses.dataclass(frozen=True)
-class RowBlock:
-    """A row group of a file, or a table: where it is from, its rows, and how to read it."""
-
-    origin: str
-    first_row: int
-    rows: int
-    read: Callable[[list[str]], pa.Table]
-    value_counts: dict[str, int]
+            return cls(column.name, np.int64, pad=pad)
+        return cls(column.name, np.int64, min(int(domain.min), pad), int(domain.max), pad)
 
 
 class SessionTable:
@@ -65,7 +48,7 @@ class SessionTable:
 
     lengths  (rows,)            int64   items of each session, after the cut
     starts   name -> (rows,)    int64   where a session begins in the column's values
-    values   name -> (n + 1,)   int64 or float32; the last value is the 0 that pads
+    values   name -> (n + 1,)   int64 or float32; the last value is the one that pads
     scalars  name -> (rows,)    int64 or float32
 
     Columns stored alike share one `starts` array, and with it the index of a batch.
@@ -94,7 +77,7 @@ class SessionTable:
         return list(groups.values())
 
     def batch(self, rows: np.ndarray, width: int | None) -> dict[str, np.ndarray]:
-        """These rows: list columns (B, width), right-padded with 0, scalar columns (B,).
+        """These rows: list columns (B, width), padded on the right, scalar columns (B,).
 
         `width` None pads to the longest of these rows.
         """
@@ -147,102 +130,38 @@ class SessionTable:
         return SessionTable(sum(t.rows for t in tables), lengths, starts, values, scalars)
 
 
-# -- where the rows are ----------------------------------------------------------------------------
-
-
-def parquet_files(paths: Any) -> list[str]:
-    """The parquet files named by a path, a pattern, a folder, or several of these.
-
-    Folders are searched in depth; names that begin with "." or "_" are left out. Raises InputError
-    for a path that is not there and for a folder or pattern without files.
-    """
-    several = isinstance(paths, Iterable) and not isinstance(paths, (str, bytes, os.PathLike))
-    named = list(paths) if several else [paths]
-    if not named:
-        raise InputError("data loader: the list of parquet files is empty; name at least one")
-    found: list[str] = []
-    for one in named:
-        text = os.fspath(one)
-        if os.path.isdir(text):
-            inside = sorted(Path(text).rglob("*.parquet"))
-            new = [str(p) for p in inside if not p.name.startswith((".", "_"))]
-        elif os.path.exists(text):
-            new = [text]
-        else:
-            new = sorted(glob.glob(text, recursive=True)) if glob.has_magic(text) else []
-        if not new:
-            raise InputError(f"data loader: no parquet file at {text}; check the path")
-        found += new
-    return found
-
-
-def row_blocks(source: Any) -> list[RowBlock]:
-    """The row groups of the files (see parquet_files), or an Arrow or Polars table as one block."""
-    if hasattr(source, "to_arrow"):
-        source = source.to_arrow()
-    if isinstance(source, pa.Table):
-        counts = {n: _value_count(source.column(n)) for n in source.column_names}
-        return [RowBlock("the table", 0, source.num_rows, source.select, counts)]
-    if hasattr(source, "paths"):
-        source = source.paths
-    blocks: list[RowBlock] = []
-    for path in parquet_files(source):
-        try:
-            metadata = pq.read_metadata(path)
-        except (pa.ArrowException, OSError) as e:
-            raise InputError(f"data loader: {path} is not a readable parquet file: {e}") from e
-        first = 0
-        for i in range(metadata.num_row_groups):
-            group = metadata.row_group(i)
-            counts: dict[str, int] = {}
-            for j in range(group.num_columns):
-                column = group.column(j)
-                top = column.path_in_schema.split(".")[0]
-                counts[top] = counts.get(top, 0) + column.num_values
-            read = functools.partial(_read_group, path, i)
-            blocks.append(RowBlock(path, first, group.num_rows, read, counts))
-            first += group.num_rows
-    return blocks
-
-
-def _value_count(column: pa.ChunkedArray) -> int:
-    return sum(len(c.flatten()) if _is_list(c.type) else len(c) for c in column.chunks)
-
-
-def _read_group(path: str, group: int, columns: list[str]) -> pa.Table:
-    try:
-        with pq.ParquetFile(path) as file:
-            return file.read_row_group(group, columns=columns, use_threads=False)
-    except (pa.ArrowException, OSError) as e:
-        raise InputError(f"data loader: cannot read {path}, row group {group}: {e}") from e
-
-
-def stored_name(name: str, stored: Iterable[str], origin: str) -> str:
-    """The file's name of a schema column: the same, or with the other `-list` suffix.
-
-    Raises InputError when neither is there, with the names that are.
-    """
-    stored = list(stored)
-    if name in stored:
-        return name
-    stem = next((name[: -len(s)] for s in _SUFFIXES if name.endswith(s)), None)
-    if stem is not None:
-        for other in (stem + s for s in _SUFFIXES):
-            if other in stored:
-                return other
-    raise InputError(
-        f"data loader: {origin} has no column {name!r}; it has {', '.join(sorted(stored))}."
-        " Select the columns that exist with schema.select_by_name, or run the ETL again"
-    )
-
-
 # -- reading one block -----------------------------------------------------------------------------
 
 
-def wanted_columns(schema: Schema, names: Iterable[str] | None = None) -> list[WantedColumn]:
-    """What to read for these columns of the schema (all of them by default)."""
-    columns = schema if names is None else [schema[n] for n in names]
-    return [WantedColumn.of(c) for c in columns]
+def wanted_columns(schema: Schema, pads: Mapping[str, int]) -> list[WantedColumn]:
+    """What to read for the columns of the schema; `pads` as padding_ids gives them."""
+    return [WantedColumn.of(c, pads.get(c.name, 0)) for c in schema]
+
+
+def padding_ids(schema: Schema, padding_idx: int | Mapping[str, int]) -> dict[str, int]:
+    """Column -> the id that pads it, for every column of ids.
+
+    padding_idx  one id for all columns of ids, or ids by column, where the others have 0
+
+    Raises InputError for ids below 0 and columns that hold no whole numbers.
+    """
+    by_name = padding_idx if isinstance(padding_idx, Mapping) else {}
+    pads = dict.fromkeys((c.name for c in schema if c.is_categorical), 0)
+    if not isinstance(padding_idx, Mapping):
+        pads = dict.fromkeys(pads, padding_idx)
+    for name in by_name:
+        if name not in schema or schema[name].type != "INT":
+            raise InputError(
+                f"ParquetDataLoader: padding_idx names {name!r}, which is no column of whole"
+                f" numbers; there are {', '.join(c.name for c in schema if c.type == 'INT')}"
+            )
+    pads.update(by_name)
+    for name, pad in pads.items():
+        if isinstance(pad, bool) or not isinstance(pad, (int, np.integer)) or pad < 0:
+            raise InputError(
+                f"ParquetDataLoader: padding_idx must be ids >= 0; got {pad!r} for column {name!r}"
+            )
+    return pads
 
 
 def item_id_column(schema: Schema) -> str | None:
@@ -262,19 +181,25 @@ def read_block(
     values: dict[str, np.ndarray] = {}
     scalars: dict[str, np.ndarray] = {}
     for w in wanted:
-        array = _combined(table.column(names[w.name]))
+        array = combined(table.column(names[w.name]))
         at = f"data loader: {block.origin}, column {names[w.name]!r}"
-        if not _is_list(array.type):
+        if not is_list(array.type):
             scalars[w.name] = _numbers(array, w, at, np.arange(len(array)) + block.first_row)
             continue
-        first, lengths, flat = _ragged(array, at, block.first_row)
+        first, lengths, flat = ragged(array, at, block.first_row)
         rows = np.repeat(np.arange(len(lengths)) + block.first_row, lengths)
-        values[w.name] = np.append(_numbers(flat, w, at, rows), w.dtype(0))
+        if w.high is not None and w.pad > w.high:
+            raise InputError(
+                f"{at}: padding_idx {w.pad} is outside {w.low}..{w.high}, the ids in the schema;"
+                " give padding_idx={column: id} for the columns that have this padding"
+            )
+        values[w.name] = np.append(_numbers(flat, w, at, rows), w.dtype(w.pad))
         raw[w.name] = lengths
         same = (n for n in starts if np.array_equal(raw[n], lengths))
         twin = next(same, None)
         starts[w.name] = first if twin is None else starts[twin]
-    lengths = _session_lengths(block, raw, values, item_id)
+    pad = next((w.pad for w in wanted if w.name == item_id), 0)
+    lengths = _session_lengths(block, raw, values, item_id, pad)
     cut = 0
     if longest is not None and len(lengths):
         cut = int((lengths > longest).sum())
@@ -286,19 +211,14 @@ def read_block(
     return SessionTable(table.num_rows, lengths, starts, values, scalars), cut
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    types = pa.types
-    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-
-
-def _combined(column: pa.ChunkedArray) -> pa.Array:
+def combined(column: pa.ChunkedArray) -> pa.Array:
     array = column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
     return array
 
 
-def _ragged(array: pa.Array, at: str, first_row: int) -> tuple[np.ndarray, np.ndarray, pa.Array]:
+def ragged(array: pa.Array, at: str, first_row: int) -> tuple[np.ndarray, np.ndarray, pa.Array]:
     """Starts, lengths and flat values of a list column."""
     if array.null_count:
         row = first_row + int(np.argmax(array.is_null().to_numpy(zero_copy_only=False)))
@@ -346,16 +266,20 @@ def _check_ids(ids: np.ndarray, w: WantedColumn, at: str, rows: np.ndarray) -> N
 
 
 def _session_lengths(
-    block: RowBlock, raw: dict[str, np.ndarray], values: dict[str, np.ndarray], item_id: str | None
+    block: RowBlock,
+    raw: dict[str, np.ndarray],
+    values: dict[str, np.ndarray],
+    item_id: str | None,
+    pad: int,
 ) -> np.ndarray:
-    """Items of each session: the item column's list without the zeros at its end."""
+    """Items of each session: the item column's list without the pads at its end."""
     if not raw:
         return np.zeros(block.rows, dtype=np.int64)
     lead = item_id if item_id in raw else next(iter(raw))
     stored = raw[lead]
     lengths = stored
     if item_id in raw:
-        lengths = _without_pads(block, item_id, stored, values[item_id][:-1])
+        lengths = _without_pads(block, item_id, stored, values[item_id][:-1], pad)
     for name, own in raw.items():
         if np.array_equal(own, stored) or np.array_equal(own, lengths):
             continue
@@ -368,9 +292,11 @@ def _session_lengths(
     return lengths
 
 
-def _without_pads(block: RowBlock, item_id: str, stored: np.ndarray, ids: np.ndarray) -> np.ndarray:
+def _without_pads(
+    block: RowBlock, item_id: str, stored: np.ndarray, ids: np.ndarray, pad: int
+) -> np.ndarray:
     at = f"data loader: {block.origin}, row "
-    real = ids != 0
+    real = ids != pad
     row = np.repeat(np.arange(len(stored)), stored)
     count = np.bincount(row[real], minlength=len(stored))
     if len(stored) and not count.all():
@@ -384,7 +310,7 @@ def _without_pads(block: RowBlock, item_id: str, stored: np.ndarray, ids: np.nda
     if (lengths != count).any():
         i = int(np.argmax(lengths != count))
         raise InputError(
-            f"{at}{block.first_row + i}: column {item_id!r} has padding (id 0) before an item; pads"
-            " must stand on the right of a session, so move them there"
+            f"{at}{block.first_row + i}: column {item_id!r} has padding (id {pad}) before an item;"
+            " pads must stand on the right of a session, so move them there"
         )
     return lengths

@@ -15,7 +15,7 @@ from t4r_fast.dropin.nvtabular import Dataset
 from t4r_fast.errors import InputError
 from t4r_fast.schema import ColumnSchema, Schema
 from t4r_fast.torch.data.loader import SessionBatches
-from t4r_fast.torch.data.sessions import stored_name
+from t4r_fast.torch.data.row_blocks import stored_name
 
 Batch = tuple[dict[str, torch.Tensor], Any]
 
