@@ -17,7 +17,12 @@ from t4r_fast.compat import CompatWarning, forget_warnings
 from t4r_fast.errors import InputError
 from t4r_fast.torch import LazyLogits
 from t4r_fast.torch.data import ParquetDataLoader
-from t4r_fast.torch.trainer import Trainer
+from t4r_fast.torch.trainer import (
+    DatasetMock,
+    IncrementalLoggingCallback,
+    Trainer,
+    process_metrics,
+)
 
 STEPS = 18  # three epochs of six batches
 
@@ -299,6 +304,36 @@ def test_incremental_logging_counts_on(tmp_path, data):
         trainer.train()
         trainer.evaluate()
     assert logs == [3, 6, 6, 6, 9, 12, 12, 12]
+
+
+def test_a_callback_counts_logged_steps_on(tmp_path, data):
+    trainer = make_trainer(tmp_path, data, num_train_epochs=1, logging_steps=3)
+    trainer.add_callback(IncrementalLoggingCallback(trainer))
+    for _ in range(2):
+        trainer.train()
+    assert [line["step"] for line in trainer.state.log_history] == [9, 12, 12]
+    counting = make_trainer(tmp_path, data, trainer_options={"incremental_logging": True})
+    kinds = [type(c) for c in counting.callback_handler.callbacks]
+    assert kinds.count(IncrementalLoggingCallback) == 1
+    assert IncrementalLoggingCallback not in [
+        type(c) for c in make_trainer(tmp_path, data).callback_handler.callbacks
+    ]
+
+
+def test_metrics_are_flat():
+    nested = {"t": {"a": torch.tensor(1.5)}, "b": torch.tensor(2)}
+    assert process_metrics(nested, prefix="eval_/") == {"eval_/a": 1.5, "eval_/b": 2}
+    assert process_metrics(nested, to_cpu=False)["a"] is nested["t"]["a"]
+
+
+def test_a_data_set_of_a_length_alone_stands_beside_a_loader(tmp_path, data):
+    found = make_trainer(tmp_path, data)
+    loader = found.get_train_dataloader()
+    trainer = make_trainer(tmp_path, None)
+    trainer.train_dataset, trainer.train_dataloader = DatasetMock(nsteps=7), loader
+    assert len(trainer.train_dataset) == 7
+    trainer.args.max_steps = 2
+    assert trainer.train().global_step == 2
 
 
 # -- data ------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ MODULES: dict[str, str | None] = {
     "transformers4rec.torch.utils": None,
     "transformers4rec.torch.utils.data_utils": "t4r_fast.torch.data",
     "transformers4rec.torch.utils.examples_utils": "t4r_fast.dropin.examples",
+    "transformers4rec.torch.utils.torch_utils": "t4r_fast.dropin.torch_utils",
     "transformers4rec.torch.utils.padding": "t4r_fast.torch.padding",
     "transformers4rec.torch.utils.schema_utils": "t4r_fast.data.random_data",
     "transformers4rec.config": "t4r_fast.config",

@@ -230,8 +230,6 @@ class Checkpoints:
         self._seconds_before = 0.0
         folder, self._resumed_from = self._resumed_from, None
         if folder is None:
-            self._past_steps += self._steps_of_last_run
-            self._steps_of_last_run = 0
             return
         progress = _progress_in(Path(folder))
         if not progress:
@@ -244,9 +242,8 @@ class Checkpoints:
         self._past_steps = progress["past_steps"]
         self._steps_of_last_run = 0
 
-    def _end_run(self, steps: int) -> None:
+    def _end_run(self) -> None:
         self._started = None
-        self._steps_of_last_run = steps
 
     def _with_seconds_before(self, logs: dict[str, float]) -> None:
         """Count the seconds before an interruption into the speeds that train() reports."""

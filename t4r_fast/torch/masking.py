@@ -68,6 +68,10 @@ class MaskSequence(nn.Module):
         self.replaced: torch.Tensor | None = None
         self.one_target_per_session = False
 
+    def forward_output_size(self, input_size: tuple[int, ...]) -> tuple[int, ...]:
+        """The size of the masked vectors: that of the inputs."""
+        return input_size
+
     # -- for subclasses --------------------------------------------------------------------------
 
     def draw(self, item_ids: torch.Tensor, training: bool, testing: bool) -> SequenceMask:

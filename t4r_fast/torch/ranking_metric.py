@@ -20,6 +20,7 @@ from t4r_fast.ops.ranking_metrics import ranking_metrics
 from t4r_fast.ops.target_rank import TargetRank
 from t4r_fast.registry import Registry
 from t4r_fast.torch.model.lazy_logits import LazyLogits
+from t4r_fast.torch.relevance import extract_topk
 
 ranking_metrics_registry = Registry("ranking metric")
 
@@ -110,9 +111,7 @@ class RankingMetric(nn.Module):
                 f" {tuple(target.shape)}"
             )
         k = min(max(self.top_ks), scores.shape[1])
-        # A stable sort keeps the lowest id first among equals, where topk promises no order.
-        order = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
-        relevant = target.gather(1, order).to(torch.float32)
+        relevant = extract_topk([k], scores, target)[2].to(torch.float32)
         relevant = nn.functional.pad(relevant, (0, max(self.top_ks) - k))
         return self.of_relevance(relevant, target.sum(dim=1).to(torch.float32))
 

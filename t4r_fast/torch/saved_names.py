@@ -5,7 +5,7 @@ from __future__ import annotations
 from t4r_fast.torch import masking, ranking_metric, session_metric
 from t4r_fast.torch.architecture import saveable
 from t4r_fast.torch.block.base import Block, SequentialBlock
-from t4r_fast.torch.block.mlp import MLPBlock
+from t4r_fast.torch.block.mlp import DenseBlock, MLPBlock
 from t4r_fast.torch.block.transformer import GPT2Prepare, TransformerBlock
 from t4r_fast.torch.experimental import PostContextFusion
 from t4r_fast.torch.features.continuous import ContinuousFeatures
@@ -53,7 +53,8 @@ for _cls in (
     *(Model, Head, PredictionTask, NextItemPredictionTask, ReplacedItemPredictionTask),
     *(BinaryClassificationTask, BinaryClassificationPrepareBlock),
     *(RegressionTask, RegressionPrepareBlock),
-    *(Block, SequentialBlock, MLPBlock, TransformerBlock, GPT2Prepare, PostContextFusion),
+    *(Block, SequentialBlock, MLPBlock, DenseBlock),
+    *(TransformerBlock, GPT2Prepare, PostContextFusion),
     *(TabularFeatures, TabularSequenceFeatures, ContinuousFeatures, PretrainedEmbeddingFeatures),
     *(EmbeddingFeatures, SequenceEmbeddingFeatures, SoftEmbeddingFeatures, SoftEmbedding),
     *(TableConfig, FeatureConfig),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 from transformers.trainer_utils import (
@@ -116,12 +116,13 @@ class Trainer(Checkpoints, transformers.Trainer):
         self.incremental_logging = incremental_logging
         self.train_dataset_or_path = options.pop("train_dataset", train_dataset_or_path)
         self.eval_dataset_or_path = options.pop("eval_dataset", eval_dataset_or_path)
+        counting = [IncrementalLoggingCallback(self)] if incremental_logging else []
         super().__init__(
             model=model,
             args=args,
             train_dataset=self.train_dataset_or_path,
             eval_dataset=self.eval_dataset_or_path,
-            callbacks=[_Bookkeeping(self), *(callbacks or [])],
+            callbacks=[_Bookkeeping(self), *counting, *(callbacks or [])],
             **options,
         )
         # transformers asks of its compute_metrics to be a function
@@ -437,7 +438,7 @@ class Trainer(Checkpoints, transformers.Trainer):
                 distributed.gather(kept)
         metrics = {"loss": loss.mean(description)}
         if counting:
-            metrics.update(_flat(model.compute_metrics()))
+            metrics.update(process_metrics(model.compute_metrics()))
         prefix = metric_key_prefix if get_compat() == "0.1" else f"{metric_key_prefix}_"
         metrics = {f"{prefix}/{key}": value for key, value in metrics.items()}
         ids_and_scores, labels = kept.arrays() if keep else (None, None)
@@ -549,7 +550,7 @@ class _Bookkeeping(TrainerCallback):
             optimizer.zero_grad()  # what a train() that broke off left recorded
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        self.trainer._end_run(state.global_step)
+        self.trainer._end_run()
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
         # The loop tells its loader the epoch, but not when it resumes inside an epoch: the loader
@@ -558,6 +559,35 @@ class _Bookkeeping(TrainerCallback):
         if hasattr(dataset, "set_epoch") and has_length(train_dataloader):
             steps = max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
             dataset.set_epoch(state.global_step // steps)
+
+
+class IncrementalLoggingCallback(TrainerCallback):
+    """Counts logged steps on over several train() calls; Trainer(incremental_logging=True) has one.
+
+    trainer  whose steps are counted, and to which it is added: trainer.add_callback(this)
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        trainer = self.trainer
+        trainer.incremental_logging = True
+        trainer._past_steps += trainer._steps_of_last_run
+        trainer._steps_of_last_run = 0
+
+    def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
+        self.trainer._steps_of_last_run = state.global_step
+
+
+class DatasetMock(Dataset):
+    """A data set that has a length and no rows: `train_dataset` of a Trainer that gets loaders."""
+
+    def __init__(self, nsteps: int = 1) -> None:
+        self.nsteps = nsteps
+
+    def __len__(self) -> int:
+        return self.nsteps
 
 
 # -- batches ---------------------------------------------------------------------------------------
@@ -575,11 +605,20 @@ def _check_dense(model: nn.Module) -> None:
         )
 
 
-def _flat(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Values by their own keys; those of several tasks come as dicts by task name."""
-    found: dict[str, float] = {}
+def process_metrics(
+    metrics: Mapping[str, Any], prefix: str = "", to_cpu: bool = True
+) -> dict[str, Any]:
+    """Values by prefix and their own keys; those of several tasks come as dicts by task name.
+
+    to_cpu  as numbers; False: the tensors as they are
+    """
+    found: dict[str, Any] = {}
     for key, value in metrics.items():
-        found.update(_flat(value) if isinstance(value, Mapping) else {key: float(value)})
+        if isinstance(value, Mapping):
+            found.update(process_metrics(value, prefix, to_cpu))
+        else:
+            number = to_cpu and isinstance(value, torch.Tensor)
+            found[f"{prefix}{key}"] = value.item() if number else value
     return found
 
 

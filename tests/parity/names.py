@@ -46,6 +46,8 @@ BETTER: dict[str, str] = {
     f"{T}utils.data_utils.MerlinDataLoader.output_schema": "our Schema, which blocks take",
     f"{T}utils.data_utils.PyarrowDataLoader": "shuffles, reads ahead, larger than memory",
     f"{T}utils.data_utils.ShuffleDataset": "works",
+    f"{T}utils.torch_utils.LossMixin": "compute_loss works in heads, models and tasks",
+    f"{T}model.base.Model.to_lightning": "takes batches of (inputs, targets)",
     "transformers4rec.config.trainer.T4RecTrainingArguments": "warmup_ratio counts; unread fields"
     " say so",
     "transformers4rec.data.synthetic.generate_session_interactions": "works",

@@ -9,13 +9,14 @@ from __future__ import annotations
 import abc
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from t4r_fast.compat import warn_once
+from t4r_fast.torch.mixins import OutputSizeMixin
 
 LOG = logging.getLogger("t4r_fast")
 Size = Sequence[int | None]
@@ -32,26 +33,11 @@ def takes_mode(module: nn.Module) -> bool:
     return any_keyword or {"training", "testing"} <= set(parameters)
 
 
-class BlockBase(nn.Module):
+class BlockBase(OutputSizeMixin, nn.Module):
     """A module with an output size. `a >> b` puts b behind a, ["x", "y"] >> a picks columns for a.
 
     Subclasses define forward and forward_output_size(input_size), or output_size itself.
     """
-
-    input_size: object = None
-
-    def build(self, input_size: Any, schema: object = None, **_: object) -> BlockBase:
-        """Take note of the size of the inputs; returns itself."""
-        self.input_size = input_size
-        return self
-
-    def output_size(self, input_size: Any = None) -> Any:
-        """For inputs of this size, by default of the size that the block was built with."""
-        input_size = self.input_size if input_size is None else input_size
-        return self.forward_output_size(input_size)
-
-    def forward_output_size(self, input_size: Any) -> Any:
-        raise NotImplementedError(f"{type(self).__name__} does not know its output size")
 
     def to_model(self, prediction_task_or_head: nn.Module, inputs: Any = None, **kwargs: object):
         """The model of this body and a task or a Head; kwargs are those of Model."""
@@ -72,9 +58,6 @@ class BlockBase(nn.Module):
     def __rshift__(self, other: Any) -> SequentialBlock:
         return right_shift_block(other, self)
 
-    def __rrshift__(self, other: Any) -> SequentialBlock:
-        return right_shift_block(self, other)
-
 
 class BuildableBlock(abc.ABC):
     """A recipe: becomes a block once the size of its input is known."""
@@ -85,9 +68,7 @@ class BuildableBlock(abc.ABC):
 
     def to_module(self, shape_or_module: Any) -> BlockBase:
         """build() for a size, or for what comes out of a module."""
-        if isinstance(shape_or_module, nn.Module):
-            shape_or_module = shape_or_module.output_size()
-        return self.build(shape_or_module)
+        return self.build(size_of(shape_or_module))
 
     def __rrshift__(self, other: Any) -> SequentialBlock:
         return right_shift_block(self, other)
@@ -132,29 +113,78 @@ class SequentialBlock(nn.Sequential, BlockBase):
     def __init__(self, *args: nn.Module | BuildableBlock, output_size: Size | None = None) -> None:
         if len(args) == 1 and isinstance(args[0], (list, tuple)):
             args = tuple(args[0])
-        built: list[nn.Module] = []
-        size: Any = None
-        for position, block in enumerate(args):
-            if isinstance(block, list):
-                from t4r_fast.torch.tabular.base import FilterFeatures
+        super().__init__()
+        self._given_size = None if output_size is None else _size(output_size)
+        self._takes_mode: list[bool] = []
+        last = None
+        for place, block in enumerate(args):
+            last = self.add_module_and_maybe_build(str(place), block, last, place)
+        self._note_modes()
+        _warn_of_masking(list(self))
 
-                block = FilterFeatures(block)
-            if isinstance(block, BuildableBlock):
-                if size is None:
-                    raise ValueError(
-                        f"SequentialBlock: block {position} ({type(block).__name__}) must follow a"
-                        " block with a known output size; give that block an output_size"
-                    )
-                block = block.build(size)
-            elif isinstance(block, BlockBase) and size is not None and block.input_size is None:
-                block.build(size)
-            size = _output_size_of(block, size)
-            built.append(block)
-        super().__init__(*built)
-        self._output_size = _size(output_size) if output_size is not None else size
-        self.input_size = getattr(built[0], "input_size", None) if built else None
-        _warn_of_masking(built)
-        self._takes_mode = [takes_mode(block) for block in built]
+    def add_module(self, name: str, module: nn.Module | list[str] | None) -> None:
+        """Put a module behind the others; a list of names becomes a FilterFeatures."""
+        if isinstance(module, list):
+            from t4r_fast.torch.tabular.base import FilterFeatures
+
+            module = FilterFeatures(module)
+        super().add_module(name, module)
+
+    def add_module_and_maybe_build(
+        self,
+        name: str,
+        module: nn.Module | BuildableBlock | list[str],
+        parent: nn.Module | None,
+        idx: int,
+    ) -> nn.Module:
+        """Put a block behind the others, built with the size that it receives.
+
+        name     its name in the row, "0", "1", ...
+        module   a block, a recipe, or names of columns
+        parent   the block in front of it, or None
+        idx      its place; the first block says what size the row takes in
+        returns  the block
+
+        Raises ValueError for a recipe behind a block that does not know its output size.
+        """
+        size = self._size_behind(parent)
+        if isinstance(module, BuildableBlock):
+            if size is None:
+                raise ValueError(
+                    f"SequentialBlock: block {idx} ({type(module).__name__}) must follow a block"
+                    " with a known output size; give that block an output_size"
+                )
+            module = module.build(size)
+        elif isinstance(module, BlockBase) and size is not None and module.input_size is None:
+            module.build(size)
+        self.add_module(name, module)
+        module = self._modules[name]
+        if idx == 0:
+            self.input_size = getattr(module, "input_size", None)
+        return module
+
+    def _size_behind(self, block: nn.Module | None) -> Any:
+        """Of what comes out of a block, which may stand in this row; None where nobody knows."""
+        if block is None:
+            return None
+        row = list(self)
+        if not any(b is block for b in row):
+            return _output_size_of(block, None)
+        size = None
+        for b in row:
+            size = _output_size_of(b, size)
+            if b is block:
+                break
+        return size
+
+    @staticmethod
+    def get_children_by_class_name(parent: Iterable[nn.Module], *class_name: str) -> list:
+        """The blocks of a row whose class has one of these names, and those that they merge."""
+        found = []
+        for child in parent:
+            merged = getattr(child, "merge_values", None) or []
+            found += [b for b in (*merged, child) if type(b).__name__ in class_name]
+        return found
 
     @property
     def inputs(self) -> nn.Module | None:
@@ -164,29 +194,48 @@ class SequentialBlock(nn.Sequential, BlockBase):
         return first if hasattr(first, "to_merge") else getattr(first, "inputs", None)
 
     def forward(self, inputs, training: bool = False, testing: bool = False):
+        if len(self._takes_mode) != len(self):
+            self._note_modes()
         for block, mode in zip(self, self._takes_mode, strict=True):
             flags = {"training": training, "testing": testing} if mode else {}
             inputs = block(inputs, **flags)
         return inputs
 
+    def _note_modes(self) -> None:
+        self._takes_mode = [takes_mode(block) for block in self]
+
     def output_size(self, input_size: Any = None) -> Any:
-        if self._output_size is None:
+        size = self._given_size
+        if size is None and len(self):
+            size = self._size_behind(self[-1])
+        if size is None:
             raise ValueError(
                 "SequentialBlock: the last block does not know its output size; pass output_size"
             )
-        return self._output_size
-
-    def __rshift__(self, other: Any) -> SequentialBlock:
-        return right_shift_block(other, self)
-
-    def __rrshift__(self, other: Any) -> SequentialBlock:
-        return right_shift_block(self, other)
+        return size
 
     def __add__(self, other: nn.Module):
         """Both on the same inputs, their dicts of outputs merged."""
         from t4r_fast.torch.tabular.base import MergeTabular
 
         return MergeTabular(self, other)
+
+
+def size_of(shape_or_module: Any) -> Any:
+    """The output size of a module; a size as it is.
+
+    Raises ValueError for a module that does not know its output size.
+    """
+    if not isinstance(shape_or_module, nn.Module):
+        return shape_or_module
+    known = getattr(shape_or_module, "output_size", None)
+    size = None if known is None else known()
+    if size is None:
+        raise ValueError(
+            f"{type(shape_or_module).__name__} does not know its output size; wrap the module in"
+            " Block(module, output_size)"
+        )
+    return size
 
 
 def right_shift_block(self: Any, other: Any) -> SequentialBlock:

@@ -14,6 +14,44 @@ class _OverLastAxis(nn.BatchNorm1d):
         return super().forward(inputs.reshape(-1, inputs.shape[-1])).view_as(inputs)
 
 
+class DenseBlock(SequentialBlock):
+    """Linear -> activation -> normalization -> dropout: a layer of MLPBlock.
+
+    input_shape    size of the inputs, e.g. (-1, 20, 64)
+    in_features    width of the inputs, its last entry
+    out_features   width of the outputs
+    activation     module class, or None for a linear map
+    use_bias       bias in the linear layer
+    dropout        probability in [0, 1), or None
+    normalization  None or "batch_norm", over the last axis
+
+    Replaces transformers4rec.torch.block.mlp.DenseBlock.
+    """
+
+    def __init__(
+        self,
+        input_shape: Size,
+        in_features: int,
+        out_features: int,
+        activation: type[nn.Module] | None = nn.ReLU,
+        use_bias: bool = True,
+        dropout: float | None = None,
+        normalization: str | None = None,
+    ) -> None:
+        _check_normalization("DenseBlock", normalization)
+        parts: list[nn.Module] = [nn.Linear(in_features, out_features, bias=use_bias)]
+        if activation is not None:
+            parts.append(activation())
+        if normalization == "batch_norm":
+            parts.append(_OverLastAxis(out_features))
+        if dropout:
+            parts.append(nn.Dropout(dropout))
+        super().__init__(*parts, output_size=(*input_shape[:-1], out_features))
+
+    def forward_output_size(self, input_size: Size) -> tuple[int | None, ...]:
+        return (*input_size[:-1], self[0].out_features)
+
+
 class MLPBlock(BuildableBlock):
     """Linear -> activation -> normalization -> dropout, once per entry of `dimensions`.
 
@@ -40,10 +78,7 @@ class MLPBlock(BuildableBlock):
         self.dimensions = [dimensions] if isinstance(dimensions, int) else list(dimensions)
         if not self.dimensions or min(self.dimensions) < 1:
             raise ValueError(f"MLPBlock: dimensions must be positive widths; got {dimensions!r}")
-        if normalization not in (None, "batch_norm"):
-            raise ValueError(
-                f"MLPBlock: normalization must be None or 'batch_norm'; got {normalization!r}"
-            )
+        _check_normalization("MLPBlock", normalization)
         self.activation = activation
         self.use_bias = use_bias
         self.dropout = dropout
@@ -65,17 +100,25 @@ class MLPBlock(BuildableBlock):
             return SequentialBlock(chosen, *self._layers(chosen.output_size()))
         return SequentialBlock(*self._layers(input_size))
 
-    def _layers(self, input_size: Size) -> list[SequentialBlock]:
-        leading, width = tuple(input_size[:-1]), int(input_size[-1])
+    def _layers(self, input_size: Size) -> list[DenseBlock]:
         layers = []
         for out in self.dimensions:
-            parts: list[nn.Module] = [nn.Linear(width, out, bias=self.use_bias)]
-            if self.activation is not None:
-                parts.append(self.activation())
-            if self.normalization == "batch_norm":
-                parts.append(_OverLastAxis(out))
-            if self.dropout:
-                parts.append(nn.Dropout(self.dropout))
-            layers.append(SequentialBlock(*parts, output_size=(*leading, out)))
-            width = out
+            layer = DenseBlock(
+                input_size,
+                int(input_size[-1]),
+                out,
+                self.activation,
+                self.use_bias,
+                self.dropout,
+                self.normalization,
+            )
+            layers.append(layer)
+            input_size = layer.output_size()
         return layers
+
+
+def _check_normalization(block: str, normalization: str | None) -> None:
+    if normalization not in (None, "batch_norm"):
+        raise ValueError(
+            f"{block}: normalization must be None or 'batch_norm'; got {normalization!r}"
+        )

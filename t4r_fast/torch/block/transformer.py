@@ -21,24 +21,35 @@ from t4r_fast.torch.masking import (
     ReplacementLanguageModeling,
 )
 
-_MLM = (MaskedLanguageModeling, ReplacementLanguageModeling)
-_ALL = (CausalLanguageModeling, *_MLM, PermutationLanguageModeling)
-# The maskings that a body can be trained with, by the class of its configuration. Bodies that are
-# not named here, and maskings that are not ours, go unchecked.
-SUPPORTED_MASKINGS: dict[str, tuple[type[MaskSequence], ...]] = {
-    "BertConfig": _MLM,
-    "ConvBertConfig": _MLM,
-    "DebertaConfig": _MLM,
-    "DistilBertConfig": _MLM,
-    "GPT2Config": (CausalLanguageModeling,),
-    "LongformerConfig": (CausalLanguageModeling, *_MLM),
-    "MegatronBertConfig": _MLM,
-    "MPNetConfig": _MLM,
-    "RobertaConfig": _MLM,
-    "RoFormerConfig": (CausalLanguageModeling, *_MLM),
-    "TransfoXLConfig": (CausalLanguageModeling,),
-    "XLNetConfig": _ALL,
-}
+Maskings = list[type[MaskSequence]]
+_MLM = [MaskedLanguageModeling, ReplacementLanguageModeling]
+_CAUSAL_OR_MLM = [CausalLanguageModeling, *_MLM]
+_ALL = [*_CAUSAL_OR_MLM, PermutationLanguageModeling]
+
+
+class MappingTransformerMasking:
+    """The maskings that a body can be trained with, by the class name of its configuration.
+
+    TransformerBlock reads it: assign to it, or add to a list, for bodies of your own. Bodies that
+    are not named here go unchecked, and so do maskings that are not in DEFAULT_MASKING.
+    """
+
+    DEFAULT_MASKING: ClassVar[Maskings] = list(_ALL)
+
+    BertConfig: ClassVar[Maskings] = list(_MLM)
+    ConvBertConfig: ClassVar[Maskings] = list(_MLM)
+    DebertaConfig: ClassVar[Maskings] = list(_MLM)
+    DistilBertConfig: ClassVar[Maskings] = list(_MLM)
+    GPT2Config: ClassVar[Maskings] = [CausalLanguageModeling]
+    LongformerConfig: ClassVar[Maskings] = list(_CAUSAL_OR_MLM)
+    MegatronBertConfig: ClassVar[Maskings] = list(_MLM)
+    MPNetConfig: ClassVar[Maskings] = list(_MLM)
+    RobertaConfig: ClassVar[Maskings] = list(_MLM)
+    RoFormerConfig: ClassVar[Maskings] = list(_CAUSAL_OR_MLM)
+    TransfoXLConfig: ClassVar[Maskings] = [CausalLanguageModeling]
+    XLNetConfig: ClassVar[Maskings] = list(_ALL)
+
+
 _CAUSAL = ("GPT2Config", "TransfoXLConfig")
 
 
@@ -190,8 +201,9 @@ def _width_of(transformer: nn.Module) -> int:
 
 def _check_masking(transformer: nn.Module, masking: MaskSequence, takes: set[str]) -> None:
     name = _config_name(transformer)
-    supported = SUPPORTED_MASKINGS.get(name, _ALL)
-    if type(masking) in _ALL and type(masking) not in supported:
+    kinds = MappingTransformerMasking
+    supported = getattr(kinds, name, kinds.DEFAULT_MASKING)
+    if type(masking) in kinds.DEFAULT_MASKING and type(masking) not in supported:
         raise ValueError(
             f"TransformerBlock: {type(masking).__name__} is not supported by {name}; it can be"
             f" trained with {', '.join(kind.__name__ for kind in supported)}"

@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 
 from t4r_fast.schema import Schema
+from t4r_fast.torch.features.base import InputBlock
 from t4r_fast.torch.tabular.base import (
     FilterFeatures,
     Sizes,
     TabularAggregationType,
-    TabularBlock,
     TabularData,
     TabularTransformationsType,
 )
 
 
-class ContinuousFeatures(TabularBlock):
+class ContinuousFeatures(InputBlock):
     """Picks the number columns: (B, L) to (B, L, 1) and (B,) to (B, 1), in float32.
 
     features                       their names

@@ -11,12 +11,12 @@ from torch import nn
 
 from t4r_fast.ops.sequence_embedding import sequence_embedding
 from t4r_fast.schema import Schema, Tags, embedding_sizes
+from t4r_fast.torch.features.base import InputBlock
 from t4r_fast.torch.features.continuous import column
 from t4r_fast.torch.tabular.base import (
     FilterFeatures,
     Sizes,
     TabularAggregationType,
-    TabularBlock,
     TabularData,
     TabularTransformationsType,
     column_sizes,
@@ -87,7 +87,7 @@ class FeatureConfig:
         )
 
 
-class EmbeddingFeatures(TabularBlock):
+class EmbeddingFeatures(InputBlock):
     """One embedding per session and id feature: ids (B,) or (B, L) to (B, D).
 
     feature_config  feature name -> FeatureConfig
@@ -134,7 +134,7 @@ class EmbeddingFeatures(TabularBlock):
                 f"{type(self).__name__}: combiner must be 'mean' or 'sum' for a table of"
                 " torch.nn.EmbeddingBag; got 'sqrtn'"
             )
-        bag = _EmbeddingBag(table.vocabulary_size, table.dim, mode=table.combiner)
+        bag = EmbeddingBagWrapper(table.vocabulary_size, table.dim, mode=table.combiner)
         return _initialized(bag, table.initializer)
 
     @classmethod
@@ -231,13 +231,21 @@ class EmbeddingFeatures(TabularBlock):
         return {name: (batch, c.table.dim) for name, c in self.feature_config.items()}
 
 
-class _EmbeddingBag(nn.EmbeddingBag):
-    """EmbeddingBag that takes one id per session, (B,), as well."""
+class EmbeddingBagWrapper(nn.EmbeddingBag):
+    """EmbeddingBag that takes one id per session, (B,), as well; its arguments are those of
+    torch.nn.EmbeddingBag."""
 
-    def forward(self, ids: torch.Tensor, offsets: torch.Tensor | None = None) -> torch.Tensor:
-        if ids.dim() == 1 and offsets is None:
-            ids = ids.unsqueeze(-1)
-        return super().forward(ids, offsets)
+    def forward(
+        self,
+        input: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+        per_sample_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if input.dim() == 1 and offsets is None:
+            input = input.unsqueeze(-1)
+            if per_sample_weights is not None:
+                per_sample_weights = per_sample_weights.unsqueeze(-1)
+        return super().forward(input, offsets, per_sample_weights)
 
 
 def _initialized(table: nn.Module, initializer: Initializer) -> nn.Module:

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from t4r_fast.schema import Schema
+from t4r_fast.torch.features.base import InputBlock
 from t4r_fast.torch.features.continuous import column
 from t4r_fast.torch.tabular.base import (
     FilterFeatures,
     SequentialTabularTransformations,
     Sizes,
     TabularAggregationType,
-    TabularBlock,
     TabularData,
     TabularTransformation,
     TabularTransformationsType,
@@ -28,7 +28,7 @@ COMBINERS: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-class PretrainedEmbeddingFeatures(TabularBlock):
+class PretrainedEmbeddingFeatures(InputBlock):
     """Feature vectors of the batch, (B, L, W) or (B, W), projected, combined and normalised.
 
     features                names of the columns

@@ -12,16 +12,17 @@ from torch import nn
 
 from t4r_fast.compat import get_compat, warn_once
 from t4r_fast.schema import ColumnSchema, IntDomain, Schema, Tags, ValueCount
-from t4r_fast.torch.model import fitting, growing, recommending, stored
+from t4r_fast.torch.mixins import LossMixin, MetricsMixin
+from t4r_fast.torch.model import fitting, growing, lightning, recommending, stored
 from t4r_fast.torch.model.head import Head, reduced
 from t4r_fast.torch.model.prediction_task import NextItemPredictionTask
-from t4r_fast.torch.model.task import PredictionTask
+from t4r_fast.torch.model.task import PredictionTask, name_fn
 from t4r_fast.torch.padding import pad_inputs
 
-__all__ = ["Head", "Model", "PredictionTask"]
+__all__ = ["Head", "Model", "PredictionTask", "name_fn"]
 
 
-class Model(nn.Module):
+class Model(nn.Module, LossMixin, MetricsMixin):
     """What the Trainer trains and what serves recommendations.
 
     head            one Head or several; their tasks need different names
@@ -212,6 +213,15 @@ class Model(nn.Module):
         if targets is not None:
             warn_once("Model.evaluate targets", "targets has no effect: batches bring theirs")
         return fitting.evaluate(self, dataloader, training, testing, verbose, mode)
+
+    def to_lightning(self) -> Any:
+        """A LightningModule that trains this model, for the Trainer of PyTorch Lightning.
+
+        The optimizer is the model's own with a learning rate of 1e-3; "train_loss" is logged. Of
+        pytorch_lightning, or else of lightning.pytorch. Raises ModuleNotFoundError where neither is
+        installed.
+        """
+        return lightning.as_lightning(self)
 
     # -- new items -------------------------------------------------------------------------------
 

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from t4r_fast.torch.nested import nested_detach
+
 if TYPE_CHECKING:
     from t4r_fast.torch.model.base import Model
 
@@ -61,7 +63,7 @@ def fit(
                 output = model(inputs, targets=targets, training=True)
             losses.append(output["loss"].detach())
             if compute_metric:
-                model.calculate_metrics(_detached(output["predictions"]), output["labels"])
+                model.calculate_metrics(nested_detach(output["predictions"]), output["labels"])
             if train:
                 optimizer.zero_grad()
                 scaler.scale(output["loss"]).backward()
@@ -113,12 +115,6 @@ def _batches(
         elif targets is not None:
             targets = targets.to(device)
         yield inputs, targets
-
-
-def _detached(predictions: Any) -> Any:
-    if isinstance(predictions, Mapping):
-        return {name: p.detach() for name, p in predictions.items()}
-    return predictions.detach()
 
 
 def _device_of(model: Model) -> torch.device:

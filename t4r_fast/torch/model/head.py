@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from t4r_fast.schema import Schema, Tags
-from t4r_fast.torch.block.base import BlockBase, BuildableBlock
+from t4r_fast.torch.block.base import BlockBase, BuildableBlock, size_of
+from t4r_fast.torch.mixins import LossMixin, MetricsMixin
 from t4r_fast.torch.model.prediction_task import NextItemPredictionTask
 from t4r_fast.torch.model.session_task import BinaryClassificationTask, RegressionTask
 from t4r_fast.torch.model.task import PredictionTask
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 TaskBlocks = BuildableBlock | nn.Module | Mapping[str, BuildableBlock | nn.Module]
 
 
-class Head(nn.Module):
+class Head(nn.Module, LossMixin, MetricsMixin):
     """Runs the body, then each task, and joins the losses.
 
     body              SequentialBlock(inputs, ..., transformer or GRU)
@@ -63,18 +64,36 @@ class Head(nn.Module):
         weights = [1.0] * len(names) if task_weights is None else list(task_weights)
         if len(weights) != len(names):
             raise ValueError(f"Head: {len(names)} tasks need as many task_weights; got {weights}")
-        by_name = isinstance(task_blocks, Mapping)
-        if by_name and not set(task_blocks) <= set(names):
-            raise ValueError(f"Head: task_blocks for {sorted(task_blocks)}, the tasks are {names}")
         self.body = body
         self.loss_reduction = loss_reduction
         self._task_weights = dict(zip(names, weights, strict=True))
-        self.input_size = _size_of(body)
-        inputs = getattr(body, "inputs", None) if inputs is None else inputs
-        for name, task in zip(names, tasks, strict=True):
-            block = task_blocks.get(name) if by_name else task_blocks
-            task.build(body, self.input_size, inputs, task_block=block)
         self.prediction_task_dict = nn.ModuleDict(dict(zip(names, tasks, strict=True)))
+        self.build(inputs, task_blocks=task_blocks)
+
+    def build(
+        self,
+        inputs: nn.Module | None = None,
+        device: torch.device | str | None = None,
+        task_blocks: TaskBlocks | None = None,
+    ) -> None:
+        """Make the layers of all tasks for the body's output, with fresh weights; the constructor
+        calls this. For the arguments see the class; device is where the head goes.
+
+        Raises ValueError for a body without an output size and blocks of unknown tasks.
+        """
+        tasks = self.prediction_task_dict
+        by_name = isinstance(task_blocks, Mapping)
+        if by_name and not set(task_blocks) <= set(tasks):
+            raise ValueError(
+                f"Head: task_blocks for {sorted(task_blocks)}, the tasks are {list(tasks)}"
+            )
+        self.input_size = size_of(self.body)
+        inputs = getattr(self.body, "inputs", None) if inputs is None else inputs
+        if device is not None:
+            self.to(device)
+        for name, task in tasks.items():
+            block = task_blocks.get(name) if by_name else task_blocks
+            task.build(self.body, self.input_size, inputs, device=device, task_block=block)
 
     @classmethod
     def from_schema(
@@ -204,13 +223,3 @@ def reduced(losses: list[torch.Tensor], reduction: str) -> torch.Tensor:
 def _is_binary(tags: Sequence[str]) -> bool:
     both = {"binary", "classification"} <= set(tags)
     return both or Tags.BINARY_CLASSIFICATION.value in tags
-
-
-def _size_of(body: nn.Module) -> tuple[int, ...]:
-    size = body.output_size() if hasattr(body, "output_size") else None
-    if size is None:
-        raise ValueError(
-            f"Head: {type(body).__name__} does not know its output size; wrap the module in"
-            " Block(module, output_size)"
-        )
-    return size

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable
 
 import torch
@@ -16,8 +15,9 @@ from t4r_fast.ops.sampled_softmax_loss import SAMPLERS, sampled_softmax_loss
 from t4r_fast.ops.tied_softmax_loss import tied_softmax_loss
 from t4r_fast.torch.block.base import BuildableBlock, takes_mode
 from t4r_fast.torch.block.mlp import MLPBlock
+from t4r_fast.torch.model.item_scores import NextItemPredictionPrepareBlock
 from t4r_fast.torch.model.lazy_logits import LazyLogits
-from t4r_fast.torch.model.sampler import LogUniformSampler, keep_tables_in_checkpoints
+from t4r_fast.torch.model.sampler import LogUniformSampler
 from t4r_fast.torch.model.session_task import (
     BinaryClassificationPrepareBlock,
     BinaryClassificationTask,
@@ -31,38 +31,13 @@ __all__ = [
     "BinaryClassificationPrepareBlock",
     "BinaryClassificationTask",
     "LogUniformSampler",
+    "NextItemPredictionPrepareBlock",
     "NextItemPredictionTask",
     "RegressionPrepareBlock",
     "RegressionTask",
 ]
 
 LOG = logging.getLogger("t4r_fast")
-
-
-class _ItemScores(nn.Module):
-    """The output layer: the item table itself when weights are tied, else a table of its own."""
-
-    def __init__(self, table: nn.Embedding | None, rows: int, width: int, bias: bool) -> None:
-        super().__init__()
-        if table is not None:
-            self.item_embedding_table = table
-        else:
-            self.output_layer = nn.Parameter(torch.empty(rows, width))
-            nn.init.kaiming_uniform_(self.output_layer, a=math.sqrt(5))
-        self.output_layer_bias = nn.Parameter(torch.zeros(rows)) if bias else None
-
-    @property
-    def items(self) -> torch.Tensor:
-        tied = "item_embedding_table" in self._modules
-        return self.item_embedding_table.weight if tied else self.output_layer
-
-
-class _Scorer(nn.Module):
-    """Keeps the reference's checkpoint keys, `pre.module...`."""
-
-    def __init__(self, module: _ItemScores) -> None:
-        super().__init__()
-        self.module = module
 
 
 class NextItemPredictionTask(PredictionTask):
@@ -227,9 +202,17 @@ class NextItemPredictionTask(PredictionTask):
         if tied is not None and self.sparse:
             tied.sparse = True  # of the two gradients of the table neither may be dense
         self.target_dim = rows
-        self.pre = _Scorer(_ItemScores(tied, rows, width, bias=old))
-        if self.sampler is not None:
-            keep_tables_in_checkpoints(self.pre.module, self.max_n_samples, self.padding_idx + 1)
+        self.pre = NextItemPredictionPrepareBlock(
+            rows,
+            self.weight_tying,
+            tied,
+            self.softmax_temperature,
+            self.sampler is not None,
+            self.max_n_samples,
+            self.padding_idx + 1,
+        ).build((width,))
+        # the layer by itself draws as the reference does and in no other way
+        self.pre.module.sampled_softmax = self.sampler == "t4rec"
         if not self.score_padding:
             bias = torch.zeros(rows)
             bias[self.padding_idx] = -torch.inf
@@ -365,6 +348,10 @@ class NextItemPredictionTask(PredictionTask):
             seen = self.embeddings.item_seq
             parts.append(torch.where(seen == self.padding_idx, -1, seen))
         return torch.cat(parts, dim=1) if parts else None
+
+    def remove_pad_3d(self, inp_tensor: torch.Tensor, non_pad_mask: torch.Tensor) -> torch.Tensor:
+        """The rows of (B, L, D) at which the mask, (B * L,) bool, is True: (N, D)."""
+        return inp_tensor.flatten(end_dim=1)[non_pad_mask]
 
     # -- metrics ---------------------------------------------------------------------------------
 

@@ -23,10 +23,21 @@ def log_uniform_tables(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(max_id,) float32: the probability of each id, and the reference's chance that `tries` draws
     hold it."""
+    dist = log_uniform_distribution(max_id, min_id, device)
+    return dist, unique_distribution(dist, tries)
+
+
+def log_uniform_distribution(
+    max_id: int, min_id: int, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """(max_id,) float32, the probability of each id."""
     log = torch.arange(1.0, max_id - min_id + 2.0, device=device).log_()
-    dist = torch.cat([log.new_zeros(min_id), log.diff() / log[-1]])
-    unique = -torch.expm1(-tries * torch.log1p(dist.double()))
-    return dist, unique.float()
+    return torch.cat([log.new_zeros(min_id), log.diff() / log[-1]])
+
+
+def unique_distribution(dist: torch.Tensor, tries: int) -> torch.Tensor:
+    """float32, what the reference takes for the chance that `tries` draws hold an id."""
+    return -torch.expm1(-tries * torch.log1p(dist.double())).float()
 
 
 class LogUniformSampler(nn.Module):
@@ -74,9 +85,34 @@ class LogUniformSampler(nn.Module):
         self.keep_lowest = keep_lowest is not False
         multiplier = n_samples_multiplier_before_unique if unique_sampling else 1
         self.n_sample = int(max_n_samples * multiplier)
-        dist, unique = log_uniform_tables(max_id, min_id, self.n_sample)
+        own = type(self).get_log_uniform_distr is not LogUniformSampler.get_log_uniform_distr
+        if own and not self.keep_lowest:
+            raise ValueError(
+                "LogUniformSampler: keep_lowest=False draws log-uniform ids in closed form; a"
+                " subclass with a get_log_uniform_distr of its own needs keep_lowest=True"
+            )
+        self._of_own_table = own
+        dist = self.get_log_uniform_distr(max_id, min_id)
         self.register_buffer("dist", dist)
+        unique = self.get_unique_sampling_distr(dist, self.n_sample)
         self.register_buffer("unique_sampling_dist", unique)
+
+    def get_log_uniform_distr(self, max_id: int, min_id: int = 0) -> torch.Tensor:
+        """(max_id,) float32, the probability of each id, from a table of float32 logarithms.
+
+        A subclass may give others: ids are then drawn from them.
+        """
+        return log_uniform_distribution(max_id, min_id)
+
+    def get_unique_sampling_distr(self, dist: torch.Tensor, n_sample: int) -> torch.Tensor:
+        """The chance that n_sample draws hold each id, float32, in the reference's form.
+
+        1 - (1 + dist) ** -n_sample; with keep_lowest=False the right one,
+        1 - (1 - dist) ** n_sample
+        """
+        if self.keep_lowest:
+            return unique_distribution(dist, n_sample)
+        return -torch.expm1(n_sample * torch.log1p(-dist.double())).float()
 
     def sample(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Negatives for these labels, and probabilities; see the class."""
@@ -92,7 +128,10 @@ class LogUniformSampler(nn.Module):
             )
             of_labels = log_uniform_log_prob(labels, tries=drawn.tries, **span)
             return drawn.ids, of_labels.exp(), drawn.log_prob.exp()
-        ids = log_uniform_sample(self.n_sample, device=labels.device, **span).ids
+        if self._of_own_table:
+            ids = torch.multinomial(self.dist, self.n_sample, replacement=True)
+        else:
+            ids = log_uniform_sample(self.n_sample, device=labels.device, **span).ids
         if self.unique_sampling:
             ids = ids.unique()[: self.max_n_samples]
         chances = self.unique_sampling_dist if self.unique_sampling else self.dist

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -54,7 +56,7 @@ class BinaryClassificationTask(PredictionTask):
 
     p = sigmoid(w . summary);  loss = BCE(p, target)
 
-    loss     module on probabilities; None: torch.nn.BCELoss()
+    loss     module on probabilities; None: a copy of DEFAULT_LOSS, torch.nn.BCELoss()
     metrics  modules that get p rounded to 0 and 1 as integers, and integer targets. None:
              precision, recall and accuracy, e.g. buys/binary_classification_task/binary_precision
 
@@ -62,6 +64,7 @@ class BinaryClassificationTask(PredictionTask):
     Replaces transformers4rec.torch.BinaryClassificationTask.
     """
 
+    DEFAULT_LOSS: ClassVar[nn.Module] = nn.BCELoss()
     target_dim = 1
 
     def __init__(
@@ -75,7 +78,7 @@ class BinaryClassificationTask(PredictionTask):
         ignore_padding: bool | None = None,
     ) -> None:
         super().__init__(
-            loss=nn.BCELoss() if loss is None else loss,
+            loss=copy.deepcopy(self.DEFAULT_LOSS) if loss is None else loss,
             metrics=_binary_metrics() if metrics is None else metrics,
             target_name=target_name,
             task_name=task_name,
@@ -97,13 +100,14 @@ class RegressionTask(PredictionTask):
 
     y = w . summary + b;  loss = mean((y - target)^2)
 
-    loss     None: torch.nn.MSELoss()
+    loss     None: a copy of DEFAULT_LOSS, torch.nn.MSELoss()
     metrics  None: the mean squared error, e.g. price/regression_task/mean_squared_error
 
     The other arguments are those of PredictionTask. predictions are (B,).
     Replaces transformers4rec.torch.RegressionTask.
     """
 
+    DEFAULT_LOSS: ClassVar[nn.Module] = nn.MSELoss()
     target_dim = 1
 
     def __init__(
@@ -117,7 +121,7 @@ class RegressionTask(PredictionTask):
         ignore_padding: bool | None = None,
     ) -> None:
         super().__init__(
-            loss=nn.MSELoss() if loss is None else loss,
+            loss=copy.deepcopy(self.DEFAULT_LOSS) if loss is None else loss,
             metrics=[MeanSquaredError()] if metrics is None else metrics,
             target_name=target_name,
             task_name=task_name,

@@ -12,6 +12,7 @@ from torch import nn
 
 from t4r_fast.compat import warn_once
 from t4r_fast.torch.block.base import BuildableBlock
+from t4r_fast.torch.mixins import LossMixin, MetricsMixin
 
 SUMMARIES = ("last", "first", "mean", "cls_index")
 # Losses whose targets are class numbers; all others get floats, as in the reference.
@@ -24,11 +25,16 @@ def snake_case(name: str) -> str:
     return re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", parts).lower()
 
 
+def name_fn(name: str | None, inp: str) -> str | None:
+    """ "name/inp", a key of metrics; None without a name."""
+    return f"{name}/{inp}" if name else None
+
+
 def _as_it_is(predictions: torch.Tensor) -> torch.Tensor:
     return predictions
 
 
-class PredictionTask(nn.Module):
+class PredictionTask(nn.Module, LossMixin, MetricsMixin):
     """One prediction of a model with its loss and its metrics.
 
     loss                      module called as loss(predictions, target=targets)
@@ -214,11 +220,11 @@ class PredictionTask(nn.Module):
         if self._task_name:
             return self._task_name
         kind = snake_case(type(self).__name__)
-        return f"{self.target_name}/{kind}" if self.target_name else kind
+        return name_fn(self.target_name, kind) or kind
 
     def child_name(self, name: str) -> str:
         """task_name/name."""
-        return f"{self.task_name}/{name}"
+        return name_fn(self.task_name, name)
 
     def metric_name(self, metric: nn.Module) -> str:
         return self.child_name(snake_case(type(metric).__name__))

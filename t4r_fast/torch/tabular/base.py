@@ -15,7 +15,8 @@ from torch import nn
 from t4r_fast.config.schema import SchemaMixin
 from t4r_fast.registry import Registry
 from t4r_fast.schema import ColumnSchema, Schema, Tags
-from t4r_fast.torch.block.base import BlockBase, SequentialBlock
+from t4r_fast.torch.block.base import BlockBase, SequentialBlock, size_of
+from t4r_fast.torch.mixins import OutputSizeMixin
 
 TabularData = dict[str, torch.Tensor]
 Sizes = dict[str, tuple[int, ...]]
@@ -51,21 +52,7 @@ def column_sizes(
     return {column.name: size(column) for column in schema}
 
 
-class _Sized(SchemaMixin):
-    """build() and output_size() of transformations and aggregations."""
-
-    def build(
-        self, input_size: Sizes | tuple[int, ...], schema: Schema | None = None, **_: object
-    ) -> Any:
-        """Prepare for inputs of this size; returns itself."""
-        self.set_schema(schema)
-        return self
-
-    def output_size(self, input_size: Sizes) -> Any:
-        return self.forward_output_size(input_size)
-
-
-class TabularTransformation(_Sized, nn.Module):
+class TabularTransformation(OutputSizeMixin, nn.Module):
     """From a dict of columns to a dict of columns. Subclasses define forward(inputs, **kwargs)."""
 
     def forward(self, inputs: TabularData, **kwargs: object) -> TabularData:
@@ -79,7 +66,7 @@ class TabularTransformation(_Sized, nn.Module):
         return tabular_transformation_registry.parse(class_or_str)
 
 
-class TabularAggregation(_Sized, nn.Module):
+class TabularAggregation(OutputSizeMixin, nn.Module):
     """From a dict of features to one tensor. Subclasses define forward and forward_output_size.
 
     A feature is (B, D) or, as part of a sequence, (B, L, D). The dict that forward receives is its
@@ -340,7 +327,7 @@ class FilterFeatures(TabularTransformation):
         return {name: size for name, size in input_size.items() if name in self.to_include}
 
 
-class TabularBlock(SchemaMixin, TabularModule, BlockBase):
+class TabularBlock(TabularModule, BlockBase):
     """A TabularModule that knows its output size once it is built; see there for the arguments.
 
     schema  of its columns
@@ -368,6 +355,11 @@ class TabularBlock(SchemaMixin, TabularModule, BlockBase):
         if self.aggregation is not None:
             self.aggregation.build(size, schema=schema)
         return self
+
+    def to_module(self, shape_or_module: Any, device: torch.device | str | None = None) -> Any:
+        """build() for a size, or for what comes out of a module; on that device."""
+        built = self.build(size_of(shape_or_module))
+        return built if device is None else built.to(device)
 
     def output_size(self, input_size: Sizes | None = None) -> Any:
         """Size of the outputs, a dict of sizes without an aggregation; None before build()."""
