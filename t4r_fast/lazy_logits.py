@@ -3,7 +3,7 @@
 A model's output carries its predictions, N x V numbers that training and evaluation never need:
 the loss, the rank of the target and the best k come from the hidden states by fused ops. LazyLogits
 holds the factors. Used as a tensor (by any torch function, operator or tensor attribute) it becomes
-one; torch.topk alone does without.
+one; topk alone does without.
 """
 
 from __future__ import annotations

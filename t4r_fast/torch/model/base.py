@@ -125,8 +125,9 @@ class Model(nn.Module, LossMixin, MetricsMixin):
         recommend_from  the lowest item id to recommend; 3 leaves out padding and the ids of
                         missing and unknown items. None: as the task was built
         recommend_seen  False: no item of the session itself. None: as the task was built
-        returns         scores (B, top_k) float32 and ids (B, top_k) int64, best first, equal scores
-                        by id; where fewer items are left score -inf and id -1
+        returns         scores (B, top_k) float32, at compat 0.1 log-probabilities, and ids (B,
+                        top_k) int64, best first, equal scores by id; where fewer items are left
+                        score -inf and id -1
 
         Ids outside a table, missing columns, sessions without items and columns of different shapes
         raise InputError with the column's name. One call at a time: a model keeps its last batch.

@@ -77,8 +77,9 @@ class NextItemPredictionTask(PredictionTask):
     Training and evaluation return loss, labels and predictions. labels (M,) int64 holds one entry
     per place where a target may stand, padding where none does; predictions are LazyLogits: nothing
     N x V is formed until somebody asks. Inference returns the scores (B, V), or (scores, ids) with
-    `top_k`. Without these options padding, nulls and unknown items take part in all, as in the
-    reference; samplers never draw padding.
+    `top_k`. At compat 0.1 all scores are log-probabilities over all items. Without these options
+    padding, nulls and unknown items take part in all, as in the reference; samplers never draw
+    padding.
     Replaces transformers4rec.torch.NextItemPredictionTask.
     """
 
