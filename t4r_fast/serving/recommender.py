@@ -16,7 +16,7 @@ from t4r_fast.etl.columns import CATEGORICAL, CONTINUOUS
 from t4r_fast.etl.features import FIRST_ID
 from t4r_fast.torch.model.base import Model
 from t4r_fast.torch.model.recommending import next_item_task, tables
-from t4r_fast.torch.padding import pad_batch
+from t4r_fast.torch.padding import model_padding, pad_batch
 
 MAX_K = 128  # of item_topk
 
@@ -116,7 +116,8 @@ class Recommender:
             ragged[f"{column.name}__offsets"] = torch.from_numpy(offsets)
         names = self.model.input_schema.column_names
         newest = self.workflow.rules.keep == "last"
-        return pad_batch(ragged, dict.fromkeys(names, self.length), newest)
+        pads = model_padding(self.model)
+        return pad_batch(ragged, dict.fromkeys(names, self.length), newest, pads)
 
     def answer(
         self, inputs: Mapping[str, torch.Tensor], top_k: int, exclude_seen: bool

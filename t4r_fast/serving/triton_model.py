@@ -16,7 +16,7 @@ from t4r_fast.etl import Workflow
 from t4r_fast.serving.recommender import MAX_K, Recommender
 from t4r_fast.torch.model.recommending import check_inputs
 from t4r_fast.torch.model.stored import load_model
-from t4r_fast.torch.padding import pad_batch
+from t4r_fast.torch.padding import model_padding, pad_batch
 
 LOG = logging.getLogger("t4r_fast")
 _DTYPES = {"INT64": np.int64, "FP32": np.float32}
@@ -133,10 +133,11 @@ class TritonPythonModel:
     def _padded(self, arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
         """Sessions of any width; the newest `length` items of each stay."""
         item = self._recommender.model.input_schema.item_id_column_name
-        present = arrays[item] != 0
+        pad = model_padding(self._recommender.model).get(item, 0)
+        present = arrays[item] != pad
         counts = present.sum(1)
         if (present[:, 1:] & ~present[:, :-1]).any():
-            raise InputError(f"{item}: pads (0) must stand behind the items of a session")
+            raise InputError(f"{item}: pads ({pad}) must stand behind the items of a session")
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
         inputs = {}
         for column, values in arrays.items():
@@ -149,8 +150,9 @@ class TritonPythonModel:
         return self._at_length(inputs)
 
     def _at_length(self, ragged: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        names = self._recommender.model.input_schema.column_names
-        return pad_batch(ragged, dict.fromkeys(names, self._recommender.length), True)
+        model, length = self._recommender.model, self._recommender.length
+        lengths = dict.fromkeys(model.input_schema.column_names, length)
+        return pad_batch(ragged, lengths, True, model_padding(model))
 
     # -- what goes -------------------------------------------------------------------------------
 

@@ -44,6 +44,7 @@ from t4r_fast.torch.evaluation import (
 )
 from t4r_fast.torch.model.fitting import inputs_and_targets
 from t4r_fast.torch.notebook import show_metrics
+from t4r_fast.torch.padding import check_padding, model_padding
 
 LOG = logging.getLogger("t4r_fast")
 
@@ -154,6 +155,7 @@ class Trainer(Checkpoints, transformers.Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """The loader set as train_dataloader, else one over the training files, shuffled."""
         if self.train_dataloader is not None:
+            check_padding(self.model, self.train_dataloader, "Trainer")
             if self.args.world_size > 1:
                 return distributed.own_part(self.train_dataloader, self.args.device)
             return resumable(self.train_dataloader)
@@ -192,6 +194,7 @@ class Trainer(Checkpoints, transformers.Trainer):
             or hasattr(data, "_batch_size")
             or hasattr(data, "batch_size")
         ):
+            check_padding(self.model, data, "Trainer")
             return data
         if self.schema is None:
             raise InputError("Trainer: give a schema; it says which columns to read from the files")
@@ -203,6 +206,9 @@ class Trainer(Checkpoints, transformers.Trainer):
         if isinstance(engine, type) and issubclass(engine, ParquetDataLoader):
             options["seed"] = args.seed if args.data_seed is None else args.data_seed
             options["prefetch"] = args.dataloader_prefetch_factor or 4
+            pads = {n: p for n, p in model_padding(self.model).items() if p and n in self.schema}
+            if pads:
+                options["padding_idx"] = pads
         else:  # a user's: exactly what the reference's Trainer gives
             options = {"global_size": None, "global_rank": None, **options}
             options["device"] = args.device if args.world_size > 1 else None

@@ -120,7 +120,8 @@ class TabularSequenceFeatures(TabularFeatures):
         masking              "clm"/"causal", "mlm"/"masked", "plm"/"permutation",
                              "rtd"/"replacement", a MaskSequence or None
         table_padding_idx    the id of padding in the embedding tables. As in the reference
-                             padding_idx, one of kwargs, is the masking's alone
+                             padding_idx, one of kwargs, is the masking's alone. The Trainer's
+                             loaders pad with both: items with the masking's, others with this
         kwargs               options of the parts (see TabularFeatures.from_schema) and of the
                              masking: mlm_probability, eval_on_last_item_seq_only, ...
 

@@ -17,7 +17,7 @@ from t4r_fast.torch.model import fitting, growing, lightning, recommending, stor
 from t4r_fast.torch.model.head import Head, reduced
 from t4r_fast.torch.model.prediction_task import NextItemPredictionTask
 from t4r_fast.torch.model.task import PredictionTask, name_fn
-from t4r_fast.torch.padding import pad_inputs
+from t4r_fast.torch.padding import is_ragged, model_padding, pad_inputs
 
 __all__ = ["Head", "Model", "PredictionTask", "name_fn"]
 
@@ -35,7 +35,7 @@ class Model(nn.Module, LossMixin, MetricsMixin):
     top_k           inference returns (scores, ids) of the best k items instead of all scores
 
     forward(inputs, targets=None, training=False, testing=False): inputs is a dict of columns,
-    padded on the right with 0, or ragged, `x__values` and `x__offsets`; targets is one tensor, or a
+    padded on the right, or ragged, `x__values` and `x__offsets`; targets is one tensor, or a
     dict with the target_name of each task. training or testing: dict(loss, labels, predictions);
     neither: the predictions. Of the next-item task these are the scores of all items, (B, V), or
     (scores, ids), (B, top_k), without forming the scores. Labels and predictions of several tasks
@@ -82,7 +82,8 @@ class Model(nn.Module, LossMixin, MetricsMixin):
         training: bool = False,
         testing: bool = False,
     ) -> Any:
-        padded = pad_inputs(inputs, self.max_sequence_length, self._level != "0.1")
+        pads = model_padding(self) if is_ragged(inputs) else None
+        padded = pad_inputs(inputs, self.max_sequence_length, self._level != "0.1", pads)
         inputs = {
             name: column.float() if column.is_floating_point() else column
             for name, column in padded.items()

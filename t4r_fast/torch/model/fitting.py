@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from t4r_fast.torch.nested import nested_detach
+from t4r_fast.torch.padding import check_padding
 
 if TYPE_CHECKING:
     from t4r_fast.torch.model.base import Model
@@ -44,6 +45,7 @@ def fit(
     compute_metric: bool,
 ) -> np.ndarray:
     """See Model.fit."""
+    check_padding(model, dataloader, "Model.fit")
     if train and not isinstance(optimizer, torch.optim.Optimizer):
         optimizer = optimizer(model.parameters())
     device = _device_of(model)
@@ -91,6 +93,7 @@ def evaluate(
     mode: str = "eval",
 ) -> dict[str, Any]:
     """See Model.evaluate."""
+    check_padding(model, dataloader, "Model.evaluate")
     was_training, device = model.training, _device_of(model)
     model.eval()
     model.reset_metrics()

@@ -10,7 +10,7 @@ from torch import nn
 
 from t4r_fast.errors import InputError
 from t4r_fast.torch.model.prediction_task import NextItemPredictionTask
-from t4r_fast.torch.padding import pad_inputs
+from t4r_fast.torch.padding import is_ragged, model_padding, pad_inputs
 
 if TYPE_CHECKING:
     from t4r_fast.torch.model.base import Model
@@ -25,7 +25,8 @@ def recommend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See Model.recommend."""
     task = next_item_task(model)
-    padded = pad_inputs(inputs, model.max_sequence_length, model._level != "0.1")
+    pads = model_padding(model) if is_ragged(inputs) else None
+    padded = pad_inputs(inputs, model.max_sequence_length, model._level != "0.1", pads)
     check_inputs(model, padded)
     before = model.training, model.top_k, task.recommend_from, task.recommend_seen
     model.eval()

@@ -83,10 +83,16 @@ class TorchAsyncItr(IterableDataset):
         kinds = {n: stored.field(stored_name(n, stored.names, dataset.paths[0])).type
                  for n in [*names, *labels]}  # fmt: skip
         numbers = [n for n in labels if pa.types.is_floating(_value_type(kinds[n]))]
+        ids = set(cats or ())
         columns = dict.fromkeys([*(cats or ()), *labels], "INT")
         columns |= dict.fromkeys([*(conts or ()), *numbers], "FLOAT")
         self._batches = SessionBatches(
-            Schema([ColumnSchema(n, type=t) for n, t in columns.items()]),
+            Schema(
+                [
+                    ColumnSchema(n, t, ["categorical"] if n in ids else [])
+                    for n, t in columns.items()
+                ]
+            ),
             dataset.paths,
             batch_size,
             _width(kinds, sparse_names or (), sparse_max or {}, sparse_as_dense),
@@ -102,6 +108,7 @@ class TorchAsyncItr(IterableDataset):
             global_rank=global_rank or 0,
         )
         self._batches.pairs = True
+        self.padding_ids = self._batches.padding_ids
 
     def set_epoch(self, epoch: int) -> None:
         """The next pass is the `epoch`-th; it fixes the order of the sessions."""
