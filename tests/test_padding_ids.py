@@ -7,13 +7,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from training_case import BATCH, ITEM, ITEMS, LENGTH, PRICE, SCHEMA, write_sessions
+import triton_double as double
+from training_case import BATCH, ITEM, ITEMS, LENGTH, PRICE, ROWS, SCHEMA, write_sessions
 
 import t4r_fast.torch as tr
 from t4r_fast.dropin.nvtabular import Dataset
 from t4r_fast.dropin.nvtabular.loader.torch import DLDataLoader, TorchAsyncItr
 from t4r_fast.errors import InputError
 from t4r_fast.schema import ColumnSchema, Schema
+from t4r_fast.serving import export
 from t4r_fast.torch.padding import model_padding, pad_inputs
 
 PAD = 7
@@ -238,3 +240,28 @@ def test_which_ids_pad_a_model():
     assert of(table_padding_idx=2) == {ITEM: 2, SIDE: 2}
     assert of(table_padding_idx=2, padding_idx=PAD, **masked) == {ITEM: PAD, SIDE: 2}
     assert model_padding(torch.nn.Linear(2, 2)) == {}
+
+
+# -- serving ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["padded", "ragged"])
+def test_a_served_model_pads_as_it_was_trained(files, form, tmp_path, monkeypatch):
+    """The answers to requests are those of the model itself, on sessions with the item 0."""
+    model = make_model(PAD).eval()
+    batch, _ = next(
+        iter(tr.ParquetDataLoader(files[PAD], ONLY_ITEMS, ROWS, LENGTH, padding_idx=PAD))
+    )
+    items = batch[ITEM].numpy()
+    assert (items == 0).any()
+    folder = export(model, None, tmp_path, sessions=form, top_k=5, length=LENGTH)
+    served = double.load(folder, monkeypatch)
+    inputs = {ITEM: items}
+    if form == "ragged":
+        offsets = np.concatenate([[0], (items != PAD).sum(1).cumsum()])
+        inputs = {f"{ITEM}__values": items[items != PAD], f"{ITEM}__offsets": offsets}
+    (answer,) = served.execute([double.Request(inputs, ["item_ids", "item_id_scores"])])
+    assert answer.error is None
+    scores, ids = model.recommend(batch, 5, recommend_from=PAD + 1)
+    assert np.array_equal(answer.outputs["item_id_scores"], scores.numpy())
+    assert answer.outputs["item_ids"].tolist() == ids.tolist()
