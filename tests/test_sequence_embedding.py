@@ -179,6 +179,23 @@ def test_empty(lane, shape):
 
 
 @pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("rows", [200, 60_000, 70_000])
+def test_ids_across_the_bytes_that_are_sorted_by(lane, rows):
+    """Keys of one, two and three bytes, whose every value occurs; each table has a tile of its own."""
+    g = torch.Generator().manual_seed(0)
+    columns = [torch.randint(0, rows, (160, 20), generator=g) for _ in range(2)]
+    weight = torch.randint(-8, 8, (160, 20, 4), generator=g).float()
+    with run_on(lane, "sequence_embedding") as device:
+        tables = [torch.zeros(rows, 2, device=device, requires_grad=True) for _ in range(2)]
+        out = sequence_embedding([c.to(device) for c in columns], tables)
+        out.backward(weight.to(device))
+    for table, ids, part in zip(tables, columns, weight.split(2, dim=2)):
+        wanted = torch.zeros(rows, 2).index_add_(0, ids.flatten(), part.flatten(0, 1))
+        wanted[0] = 0  # padding
+        assert torch.equal(table.grad.cpu(), wanted)
+
+
+@pytest.mark.parametrize("lane", LANES)
 def test_gradient_repeats_bit_for_bit(lane):
     inputs = make_inputs(256, 20, [16])
     found = []

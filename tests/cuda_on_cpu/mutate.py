@@ -81,10 +81,14 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "mask_permutation.cu",
         "source < kLanes -> source <= kLanes",
     ): "the first of the next rows, which write it again",
+    (
+        "mask_permutation.cu",
+        "k < kPositions -> k <= kPositions #2",
+    ): "a fifth bit, at which nobody looks",
     ("radix_sort.cuh", "step < kWarp -> step <= kWarp"): _SHIFT,
     (
         "radix_sort.cuh",
-        "round < kTileRounds -> round <= kTileRounds",
+        "round < kTileRounds -> round <= kTileRounds #2",
     ): "the next tile's first entries, put where that tile puts them",
     ("radix_sort.cuh", "inside -> true #2"): "entries behind the end come last in their tile",
     (
@@ -373,7 +377,9 @@ def run_all(found: list[tuple[str, Mutant]], jobs: int) -> list[str]:
 
 
 def report(found: list[tuple[str, Mutant]], results: list[str]) -> bool:
-    wrong = set(EQUIVALENT) - {(name, mutant.what) for name, mutant in found}
+    files = {name for name, _ in found}
+    wrong = {named for named in EQUIVALENT if named[0] in files}
+    wrong -= {(name, mutant.what) for name, mutant in found}
     counts: dict[str, list[int]] = {}
     for (name, mutant), result in zip(found, results):
         count = counts.setdefault(name, [0, 0, 0])
