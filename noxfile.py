@@ -28,12 +28,13 @@ def tests(session: nox.Session) -> None:
     session.install("--retries=1", *index, TORCH)
     build = project["build-system"]["requires"]
     session.install(*(r for r in build if not r.startswith("torch")), "wheel")
-    # A CUDA build of torch brings the triton that it needs, which is not the one of the extra.
-    extra = project["project"]["optional-dependencies"]["test"]
-    session.install(*(r for r in extra if not r.startswith("triton")))
     session.chdir(copy)
     # CUDA ops do not depend on the version of Python.
     session.install("--no-build-isolation", "-e", ".", env={"T4R_FAST_CUDA": "0"})
+    # A CUDA build of torch brings the triton that it needs, which is not the one of the extra.
+    # The extra names t4r_fast's own extras: it must be there before.
+    extra = project["project"]["optional-dependencies"]["test"]
+    session.install(*(r for r in extra if not r.startswith("triton")))
     session.run("python", "-c", IMPORTS)
     arguments = session.posargs or ["-n", "2", "-m", "not slow"]
     environment = {"OMP_NUM_THREADS": "1", "T4R_FAST_REQUIRE": "cpu"}

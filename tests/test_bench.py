@@ -274,8 +274,9 @@ def test_command_refuses(arguments, message):
 def test_outside_a_checkout(tmp_path, monkeypatch):
     import t4r_fast
 
-    monkeypatch.setattr(t4r_fast, "__file__", str(tmp_path / "site-packages/t4r_fast/__init__.py"))
-    monkeypatch.chdir(tmp_path)
+    outside = Path(tmp_path.anchor)  # tmp_path may be in a checkout's build folder
+    monkeypatch.setattr(t4r_fast, "__file__", str(outside / "site-packages/t4r_fast/__init__.py"))
+    monkeypatch.chdir(outside)
     with pytest.raises(InputError, match="run this inside a checkout"):
         find_checkout()
     monkeypatch.chdir(ROOT / "tests")
