@@ -181,7 +181,7 @@ def test_empty(lane, shape):
 @pytest.mark.parametrize("lane", LANES)
 @pytest.mark.parametrize("rows", [200, 60_000, 70_000])
 def test_ids_across_the_bytes_that_are_sorted_by(lane, rows):
-    """Keys of one, two and three bytes, whose every value occurs; each table has a tile of its own."""
+    """Keys of one, two and three bytes, in which every value occurs."""
     g = torch.Generator().manual_seed(0)
     columns = [torch.randint(0, rows, (160, 20), generator=g) for _ in range(2)]
     weight = torch.randint(-8, 8, (160, 20, 4), generator=g).float()
