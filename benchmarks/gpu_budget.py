@@ -2,6 +2,7 @@
 
     make gpu-budget                                compile all, compare with gpu-budget.json
     make gpu-budget ARGS="--update target_rank"    take the new numbers of an op over
+    make gpu-budget ARGS=--stale                   is it of today's sources? compiles nothing
 
 Fails on a spill, on a kernel that lost its tensor cores, and on numbers worse than the kept ones.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import functools
 import importlib
 import json
 import os
@@ -25,7 +27,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import sass  # noqa: E402
+from benchmarks import kernel_sources, sass  # noqa: E402
 
 KEPT = ROOT / "benchmarks/results/gpu-budget.json"
 DOCUMENT = ROOT / "docs/gpu.md"
@@ -91,7 +93,7 @@ def triton_ops() -> list[str]:
 
 
 # Dtype and width of the variants that are kept and compared; "all" has every option of the op. The
-# others, some 400 per architecture, take half an hour: --every.
+# others, some 800 per architecture, take half an hour: --every.
 REPRESENTATIVE = ("bf16 D64", "bf16 D256 all", "fp32 D64")
 
 
@@ -99,6 +101,7 @@ def representative(label: str) -> bool:
     return label.partition(" k=")[0] in REPRESENTATIVE
 
 
+@functools.cache  # seconds for hundreds of variants, and a worker compiles many of an op
 def distinct(op: str, arch: int, every: bool) -> list[Any]:
     """The variants of an op, each compilation once: launchers share some of their kernels."""
     found: dict[tuple[str, str], Any] = {}
@@ -219,6 +222,32 @@ def key(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(row[name] for name in KEY)
 
 
+def sources(ops: list[str], archs: list[int]) -> dict[str, str]:
+    """Digest of what was compiled, by backend, op and architecture."""
+    found = {}
+    for arch in archs:
+        name = ARCHITECTURES[arch].name
+        for op in triton_ops():
+            if op in (ops or [op]):
+                made = kernel_sources.of_triton(distinct(op, arch, False))
+                found[f"triton {op} {name}"] = made
+        for op in cuda_ops():
+            if op in (ops or [op]):
+                path = ROOT / f"csrc/cuda/{op}.cu"
+                found[f"cuda {op} {name}"] = kernel_sources.of_cuda(path)
+    return found
+
+
+def stale(now: dict[str, str], kept: dict[str, str]) -> list[str]:
+    """What was changed since its row of the table was compiled, in words."""
+    return [
+        f"{name}: its sources are not those that the table was compiled from; run make gpu-budget "
+        f'ARGS="--update {name.split()[1]}"'
+        for name in sorted(now)
+        if now[name] != kept.get(name)
+    ]
+
+
 def measure(ops: list[str], archs: list[int], jobs: int, every: bool) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
@@ -226,8 +255,10 @@ def measure(ops: list[str], archs: list[int], jobs: int, every: bool) -> list[di
         tasks = [pool.submit(compile_variant, *task) for task in triton_tasks(known, archs, every)]
         cuda = [op for op in cuda_ops() if not ops or op in ops]
         tasks += [pool.submit(compile_cuda, op, arch) for op in cuda for arch in archs]
-        for done in tasks:
+        for number, done in enumerate(tasks, 1):
             found = done.result()
+            if number % 100 == 0:
+                print(f"{number} of {len(tasks)} compiled", file=sys.stderr, flush=True)
             rows += found if isinstance(found, list) else [found]
     return sorted(rows, key=key)
 
@@ -311,6 +342,17 @@ def write_document(text: str) -> None:
     DOCUMENT.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
+def keep(rows: list[dict[str, Any]], others: list[dict[str, Any]], sources: dict[str, str]) -> None:
+    """Write the rows, and the others as they were, to the table and its page."""
+    rows = sorted([*others, *rows], key=key)
+    there = {f"{r['backend']} {r['op']} {r['arch']}" for r in rows}
+    kept = {name: digest for name, digest in sorted(sources.items()) if name in there}
+    lines = ",\n".join(json.dumps(r, sort_keys=True) for r in rows)
+    head = json.dumps({"versions": versions(), "sources": kept}, indent=1)
+    KEPT.write_text(f'{head[:-2]},\n "rows": [\n{lines}\n]}}\n')
+    write_document(markdown(rows))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("ops", nargs="*", help="only these ops")
@@ -320,6 +362,9 @@ def main() -> int:
     parser.add_argument(
         "--every", action="store_true", help="all variants, half an hour; looks for spills alone"
     )
+    parser.add_argument(
+        "--stale", action="store_true", help="only ask whether sources changed since --update"
+    )
     parser.add_argument("--verbose", action="store_true", help="print a line per variant")
     options = parser.parse_args()
     if options.every and options.update:
@@ -327,9 +372,15 @@ def main() -> int:
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET must not be set: interpreted kernels cannot be compiled")
     archs = options.arch or sorted(ARCHITECTURES)
+    table = json.loads(KEPT.read_text()) if KEPT.exists() else {"rows": [], "sources": {}}
+    now = sources(options.ops, archs)
+    if options.stale:
+        found = stale(now, table["sources"])
+        print(*found, f"{len(now)} looked at, {len(found)} stale", sep="\n")
+        return bool(found)
     rows = measure(options.ops, archs, options.jobs, options.every)
     names = {ARCHITECTURES[arch].name for arch in archs}
-    kept = json.loads(KEPT.read_text())["rows"] if KEPT.exists() else []
+    kept = table["rows"]
     chosen = [r for r in kept if r["arch"] in names and r["op"] in (options.ops or [r["op"]])]
     others = [r for r in kept if r not in chosen]
     if options.verbose:
@@ -341,10 +392,7 @@ def main() -> int:
     if found:
         return 1
     if options.update:
-        rows = sorted([*others, *rows], key=key)
-        lines = ",\n".join(json.dumps(r, sort_keys=True) for r in rows)
-        KEPT.write_text(f'{{"versions": {json.dumps(versions())}, "rows": [\n{lines}\n]}}\n')
-        write_document(markdown(rows))
+        keep(rows, others, {**table["sources"], **now})
     return 0
 
 

@@ -12,7 +12,7 @@ from harness import ROOT
 from t4r_fast.cli.bench import load_benchmarks
 
 load_benchmarks(ROOT)
-from benchmarks import gpu, gpu_budget, gpu_step, roofline, sass  # noqa: E402
+from benchmarks import gpu, gpu_budget, gpu_step, kernel_sources, roofline, sass  # noqa: E402
 
 ROW = {
     "op": "some_op",
@@ -115,10 +115,80 @@ def test_main_loop_of_a_kernel():
     assert sum(bool(sass.LOCAL_MEMORY.match(op)) for _, op, _ in code) == 1
 
 
+def test_kept_table_was_compiled_from_these_sources(monkeypatch):
+    """For all architectures: kernels that were not compiled again after a change are faults."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    command = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks/gpu_budget.py"), "--stale"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    count = len(gpu_budget.triton_ops() + gpu_budget.cuda_ops()) * len(gpu_budget.ARCHITECTURES)
+    assert f"{count} looked at, 0 stale" in done.stdout
+
+
+def test_a_changed_source_is_stale():
+    found = gpu_budget.stale(
+        {"cuda op sm_80": "new", "cuda op sm_90a": "old"}, {"cuda op sm_90a": "old"}
+    )
+    assert len(found) == 1
+    assert found[0].startswith("cuda op sm_80: ")
+
+
+PYTHON = '''@jit
+def kernel(x, BLOCK: constexpr):
+    """Doubles."""
+    return x + x  # twice
+'''
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("Doubles.", "Adds x to itself,\n    in place.", True),
+        ("  # twice", "", True),
+        ("    return", "\n    # here\n    return", True),
+        ("@jit", "@jit(fast=True)", True),
+        ("x + x", "x * 2", False),
+        ("    return", "    if x:\n        return", False),
+        ("BLOCK: constexpr", "BLOCK", False),
+    ],
+)
+def test_digest_of_python_is_of_its_code(old, new, same):
+    changed = PYTHON.replace(old, new)
+    assert changed != PYTHON
+    tokens = kernel_sources.without_docstrings
+    assert (tokens(changed) == tokens(PYTHON)) is same
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "same"),
+    [
+        ("op.cu", "// one", "// two\n", True),
+        ("op.cu", "/* a */", "", True),
+        ("op.cu", "int x", "long x", False),
+        ("op.cu", '"// no comment"', '"// another"', False),
+        ("part.cuh", "int y", "long y", False),
+        ("part.cuh", "int y;", "int y; // new", True),
+    ],
+)
+def test_digest_of_cuda_is_of_its_code_and_headers(tmp_path, file, old, new, same):
+    texts = {
+        "op.cu": '#include "part.cuh"\n#include "elsewhere.h"\n// one\nint x; /* a */\n'
+        'auto s = "// no comment";\n',
+        "part.cuh": '#include "op.cu"\nint y;\n',
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    before = kernel_sources.of_cuda(tmp_path / "op.cu")
+    assert old in texts[file]
+    (tmp_path / file).write_text(texts[file].replace(old, new))
+    assert (kernel_sources.of_cuda(tmp_path / "op.cu") == before) is same
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("op", gpu_budget.triton_ops())
 def test_an_op_compiles_as_kept_without_a_gpu(op, monkeypatch):
-    """For one architecture; `make gpu-budget` does it for all, and for CUDA."""
+    """For one architecture, as the compiler installed has it; make gpu-budget does it for all."""
     pytest.importorskip("triton", reason="triton is not installed")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     tool = str(ROOT / "benchmarks/gpu_budget.py")

@@ -58,6 +58,14 @@ def test_the_first_entry_that_fits():
         _tuning.fixed("some_kernel", {"some_kernel": TABLE["some_kernel"][:1]}, KEY)
 
 
+def test_plain_entries_are_not_for_calls_with_options():
+    table = {"some_kernel": (Entry(LARGE, plain=True), Entry(SMALL))}
+    assert _tuning.fixed("some_kernel", table, KEY) == LARGE
+    more = SMALL._replace(registers=_tuning.MAX_REGISTERS)
+    assert _tuning.fixed("some_kernel", table, KEY._replace(options=True)) == more
+    assert _tuning.candidates("some_kernel", table, KEY._replace(options=True)) == [more]
+
+
 def test_exact_sizes_do_not_count():
     t = torch.zeros(1, dtype=torch.bfloat16)
     keys = {_tuning.key(t, rows=n, items=v, width=60) for n in (129, 700) for v in (70e3, 1e5)
@@ -117,7 +125,8 @@ def test_a_damaged_file_warns_and_is_replaced(tuning, content):
 
 
 def test_arguments_of_a_launch():
-    assert SMALL.arguments() == {"BLOCK_N": 32, "BLOCK_V": 32, "num_warps": 4, "num_stages": 2}
+    blocks = {"BLOCK_N": 32, "BLOCK_V": 32}
+    assert SMALL.arguments() == {**blocks, "num_warps": 4, "num_stages": 2, "maxnreg": None}
     assert (SMALL["BLOCK_V"], SMALL.num_stages) == (32, 2)
     assert isinstance(SMALL, Config)
 

@@ -30,29 +30,36 @@ INTERPRETER = 0
 D_BUCKETS = (16, 32, 64, 128, 256)
 WIDE = 512
 N_BINS = (128, 1024, 8192, 2**62)
+MAX_REGISTERS = 255  # of a thread; 8 warps, the most that a table has, can have them
 INTERPRETED_PROCESSORS = 2  # so that small tests split their items
 
 
 class Config(NamedTuple):
-    """How to launch a kernel: its block sizes by argument name, warps, pipeline stages."""
+    """How to launch a kernel: block sizes by argument name, warps, pipeline stages, registers.
+
+    Left alone (registers None), ptxas stops some kernels at 128 registers or fewer to hold more
+    blocks, and spills. With MAX_REGISTERS it does not, but then 235 of the 615 kernels of
+    `make gpu-budget` hold fewer blocks: only where it is needed.
+    """
 
     blocks: tuple[tuple[str, int], ...]
     num_warps: int
     num_stages: int
+    registers: int | None = None
 
-    def arguments(self) -> dict[str, int]:
+    def arguments(self) -> dict[str, int | None]:
         """Keyword arguments of the launch."""
         launch = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return {**dict(self.blocks), **launch}
+        return {**dict(self.blocks), **launch, "maxnreg": self.registers}
 
     def __getitem__(self, name: Any) -> Any:
         """config["BLOCK_N"], and a tuple's numbers."""
         return dict(self.blocks)[name] if isinstance(name, str) else tuple.__getitem__(self, name)
 
 
-def config(num_warps: int, num_stages: int, **blocks: int) -> Config:
+def config(num_warps: int, num_stages: int, registers: int | None = None, **blocks: int) -> Config:
     """config(8, 3, BLOCK_N=128, BLOCK_V=128)"""
-    return Config(tuple(blocks.items()), num_warps, num_stages)
+    return Config(tuple(blocks.items()), num_warps, num_stages, registers)
 
 
 class Entry(NamedTuple):
@@ -63,6 +70,7 @@ class Entry(NamedTuple):
     itemsizes: tuple[int, ...] = (2, 4, 8)  # bytes of an element of the inputs
     most_width: int = WIDE  # largest D bucket
     most_rows: int = N_BINS[-1]  # largest N bin
+    plain: bool = False  # only without the options that need more registers
 
 
 Table = Mapping[str, Sequence[Entry]]
@@ -77,6 +85,7 @@ class Key(NamedTuple):
     rows: int  # N bin
     items: int  # V bucket, in which tables do not look
     device: str
+    options: bool = False  # whether it has options that need more registers
 
 
 class Variant(NamedTuple):
@@ -139,7 +148,7 @@ def width_bucket(width: int) -> int:
     return _bucket(width, D_BUCKETS) if width <= D_BUCKETS[-1] else WIDE
 
 
-def key(tensor: Tensor, *, rows: int, items: int, width: int) -> Key:
+def key(tensor: Tensor, *, rows: int, items: int, width: int, options: bool = False) -> Key:
     """The key of a call; tensor gives device and size of an element."""
     # powers of four: 1.2 and 4.7 million items rarely want different blocks
     v_bucket = 4 ** (max(items - 1, 1).bit_length() // 2 + 1)
@@ -150,6 +159,7 @@ def key(tensor: Tensor, *, rows: int, items: int, width: int) -> Key:
         _bucket(rows, N_BINS),
         v_bucket,
         _device_name(tensor),
+        options,
     )
 
 
@@ -157,7 +167,7 @@ def fixed(kernel: str, table: Table, wanted: Key) -> Config:
     """The table's configuration for a key."""
     for entry in table[kernel]:
         if _fits(entry, wanted) and wanted.rows <= entry.most_rows:
-            return entry.config
+            return _config_of(entry, wanted)
     raise LookupError(f"{kernel}: CONFIGS must have an entry for {wanted}")
 
 
@@ -166,12 +176,17 @@ def _fits(entry: Entry, wanted: Key) -> bool:
         wanted.arch in entry.archs
         and wanted.itemsize in entry.itemsizes
         and wanted.width <= entry.most_width
+        and not (entry.plain and wanted.options)
     )
 
 
 def candidates(kernel: str, table: Table, wanted: Key) -> list[Config]:
     """All configurations that may be launched for the key's architecture, element and D bucket."""
-    return list(dict.fromkeys(e.config for e in table[kernel] if _fits(e, wanted)))
+    return list(dict.fromkeys(_config_of(e, wanted) for e in table[kernel] if _fits(e, wanted)))
+
+
+def _config_of(entry: Entry, wanted: Key) -> Config:
+    return entry.config._replace(registers=MAX_REGISTERS) if wanted.options else entry.config
 
 
 # -- autotuning ------------------------------------------------------------------------------------
@@ -219,13 +234,13 @@ def chosen(
 def _name(kernel: str, wanted: Key) -> str:
     parts = (
         kernel, wanted.device, f"sm_{wanted.arch}", f"{wanted.itemsize} bytes", f"D {wanted.width}",
-        f"N {wanted.rows}", f"V {wanted.items}", f"torch {torch.__version__}",
-        f"triton {triton.__version__}",
+        f"N {wanted.rows}", f"V {wanted.items}", "options" if wanted.options else "plain",
+        f"torch {torch.__version__}", f"triton {triton.__version__}",
     )  # fmt: skip
     return ", ".join(parts)
 
 
-def _as_json(c: Config) -> dict[str, int]:
+def _as_json(c: Config) -> dict[str, int | None]:
     return c.arguments()
 
 
@@ -330,6 +345,10 @@ def unfused(kernel: Any) -> Any:
     return kernel
 
 
+def is_fused(kernel: Any) -> bool:
+    return kernel.fn.__name__ not in _unfused
+
+
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any) -> None:
     """kernel[grid](...) on the device of its tensors; while `recorded` runs, note its types."""
     if _recording is not None:
@@ -341,8 +360,7 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any)
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        fused = kernel.fn.__name__ not in _unfused
-        kernel[grid](**arguments, **config.arguments(), enable_fp_fusion=fused)
+        kernel[grid](**arguments, **config.arguments(), enable_fp_fusion=is_fused(kernel))
 
 
 def recorded(arch: int, label: str, launcher: Callable[[], Any]) -> list[Variant]:
@@ -435,6 +453,7 @@ def compile_ahead(made: Variant, arch: int) -> Any:
     options = {
         "num_warps": made.config.num_warps,
         "num_stages": made.config.num_stages,
-        "enable_fp_fusion": made.kernel.fn.__name__ not in _unfused,
+        "maxnreg": made.config.registers,
+        "enable_fp_fusion": is_fused(made.kernel),
     }
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

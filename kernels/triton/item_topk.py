@@ -23,7 +23,7 @@ from t4r_fast.kernels._scores import (
     load_rows,
     tile_scores,
 )
-from t4r_fast.kernels._tuning import Variant, config, launch
+from t4r_fast.kernels._tuning import Config, Variant, config, launch
 from torch import Tensor
 
 import triton
@@ -308,8 +308,10 @@ def item_topk_fwd(
     chosen = problem.config()
     if not interpreted:
         narrow = chosen["BLOCK_N"] < _WIDE_ROWS
-        stages = 1 if narrow else chosen.num_stages  # 2 spill on sm_80
-        chosen = chosen._replace(num_warps=_WARPS // (2 if narrow else 1), num_stages=stages)
+        # 2 spill on sm_80, but of 16 columns
+        stages = 1 if narrow and chosen["BLOCK_D"] > 16 else chosen.num_stages
+        warps = _WARPS // (2 if narrow else 1)
+        chosen = Config(chosen.blocks, warps, stages, _tuning.MAX_REGISTERS)
     grid, tiles = problem.grid(chosen, _PROGRAMS)
     bucket = max(16, triton.next_power_of_2(k))
     capacity = triton.next_power_of_2(bucket + chosen["BLOCK_V"]) if interpreted else _CAPACITY

@@ -40,7 +40,14 @@ from t4r_fast.kernels._sampled_gradients import (
     segments,
 )
 from t4r_fast.kernels._scores import dense_rows, kept_entries, load_rows
-from t4r_fast.kernels._tuning import Config, Entry, Variant, config, launch
+from t4r_fast.kernels._tuning import (
+    MAX_REGISTERS,
+    Config,
+    Entry,
+    Variant,
+    config,
+    launch,
+)
 from torch import Tensor
 
 import triton
@@ -363,13 +370,25 @@ def _by_width(make: Callable[[int], Config], **limits: Any) -> tuple[Entry, ...]
     )
 
 
-def _fwd(warps: int, **blocks: int) -> Callable[[int], Config]:
-    """Tiles of the forward pass by D bucket: chunks of 64 where larger ones spill."""
+def _fwd(warps: int, stages: int = 2, wide: int = 64, **blocks: int) -> Callable[[int], Config]:
+    """Tiles of the forward pass by D bucket: chunks of 64, of `wide` rows, where larger ones
+    spill."""
 
     def make(d: int) -> Config:
         if d == 128:
-            return config(4, 2, BLOCK_N=64, BLOCK_K=32, BLOCK_D=64)
-        return config(warps, 2, **blocks, BLOCK_D=d)
+            registers = MAX_REGISTERS if wide < 64 else None
+            return config(4, 2, registers, BLOCK_N=wide, BLOCK_K=32, BLOCK_D=64)
+        return config(warps, stages, **blocks, BLOCK_D=d)
+
+    return make
+
+
+def _bwd(candidates: int) -> Callable[[int], Config]:
+    """Tiles of the backward pass by D bucket."""
+
+    def make(d: int) -> Config:
+        rows = 32 if d == 128 else 64
+        return config(8, 2, BLOCK_N=rows, BLOCK_K=candidates, BLOCK_D=min(d, 64))
 
     return make
 
@@ -379,17 +398,20 @@ CONFIGS = {
     _FWD: (
         *_interpreted(BLOCK_N=32, BLOCK_K=64),
         *_by_width(_fwd(4, BLOCK_N=64, BLOCK_K=64), archs=(90,), itemsizes=(2,)),
-        *_by_width(_fwd(4, BLOCK_N=64, BLOCK_K=32), archs=(100,), itemsizes=(2,)),
+        *_by_width(_fwd(4, 2, 32, BLOCK_N=64, BLOCK_K=32), archs=(100,), itemsizes=(2,)),
+        *_by_width(_fwd(8, 1, 32, BLOCK_N=128, BLOCK_K=64), archs=(86, 120), itemsizes=(2,)),
         *_by_width(_fwd(8, BLOCK_N=128, BLOCK_K=64), itemsizes=(2,)),
-        *_by_width(lambda d: config(4, 1, BLOCK_N=32, BLOCK_K=32, BLOCK_D=min(d, 64))),
+        *_by_width(
+            lambda d: config(4, 1, BLOCK_N=16 if d == 128 else 32, BLOCK_K=32, BLOCK_D=min(d, 64))
+        ),
     ),
     _BWD: (
         *_interpreted(BLOCK_N=32, BLOCK_K=64),
+        *_by_width(_bwd(64), archs=(100,), itemsizes=(2,)),
+        *_by_width(_bwd(128), itemsizes=(2,)),
         *_by_width(
-            lambda d: config(8, 2, BLOCK_N=32 if d == 128 else 64, BLOCK_K=128, BLOCK_D=min(d, 64)),
-            itemsizes=(2,),
+            lambda d: config(8, 1, BLOCK_N=32, BLOCK_K=16 if d == 128 else 32, BLOCK_D=min(d, 64))
         ),
-        *_by_width(lambda d: config(8, 1, BLOCK_N=32, BLOCK_K=32, BLOCK_D=min(d, 64))),
     ),
     _ROWS_FWD: (
         *_interpreted(BLOCK_N=16, BLOCK_K=128),
@@ -397,11 +419,13 @@ CONFIGS = {
     ),
     _SUMS: (
         *_interpreted(BLOCK_H=128, BLOCK_E=16),
-        *_by_width(lambda d: config(1, 1, BLOCK_H=1, BLOCK_E=16, BLOCK_D=d)),
+        *_by_width(lambda d: config(1, 1, BLOCK_H=1, BLOCK_E=16, BLOCK_D=d), itemsizes=(2,)),
+        *_by_width(lambda d: config(1, 1, BLOCK_H=1, BLOCK_E=8 if d == 128 else 16, BLOCK_D=d)),
     ),
     _DRAW_SUMS: (
         *_interpreted(BLOCK_H=128, BLOCK_E=32),
-        *_by_width(lambda d: config(1, 1, BLOCK_H=1, BLOCK_E=16, BLOCK_D=d)),
+        *_by_width(lambda d: config(1, 1, BLOCK_H=1, BLOCK_E=16, BLOCK_D=d), itemsizes=(2,)),
+        *_by_width(lambda d: config(2 if d == 128 else 1, 1, BLOCK_H=1, BLOCK_E=16, BLOCK_D=d)),
     ),
 }
 # in the interpreter the number of calls counts, not their size

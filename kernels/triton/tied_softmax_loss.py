@@ -537,21 +537,23 @@ def _tied_softmax_loss_hidden_kernel(
 AMPERE, ADA, HOPPER = (80,), (86, 120), (90, 100)  # 164, 100 and 228 KiB of shared memory
 _INTERPRETED = Entry(config(4, 1, BLOCK_N=32, BLOCK_V=64), archs=(0,))
 _FLOAT64 = Entry(config(4, 1, BLOCK_N=16, BLOCK_V=32), itemsizes=(8,))
-# Tiles are the largest that `make gpu-budget` compiles without spills.
+# Tiles are the largest that `make gpu-budget` compiles without spills; plain: without softcap and
+# label smoothing.
 CONFIGS = {
     "_tied_softmax_loss_fwd_kernel": (
         _INTERPRETED,
         _FLOAT64,
         Entry(config(4, 2, BLOCK_N=64, BLOCK_V=64), itemsizes=(2,), most_width=64, most_rows=128),
-        Entry(config(8, 3, BLOCK_N=128, BLOCK_V=128), HOPPER, (2,), most_width=128),
+        Entry(config(8, 3, BLOCK_N=128, BLOCK_V=128), HOPPER, (2,), most_width=128, plain=True),
+        Entry(config(8, 3, BLOCK_N=128, BLOCK_V=64), HOPPER, (2,), most_width=128),
         Entry(config(8, 2, BLOCK_N=128, BLOCK_V=32), HOPPER, (2,)),
-        Entry(config(4, 3, BLOCK_N=128, BLOCK_V=64), AMPERE, (2,), most_width=64),
+        Entry(config(4, 3, BLOCK_N=128, BLOCK_V=64), AMPERE, (2,), most_width=64, plain=True),
         Entry(config(8, 2, BLOCK_N=128, BLOCK_V=64), AMPERE, (2,), most_width=128),
         Entry(config(8, 2, BLOCK_N=64, BLOCK_V=64), AMPERE, (2,)),
-        Entry(config(4, 2, BLOCK_N=128, BLOCK_V=64), ADA, (2,), most_width=64),
-        Entry(config(8, 2, BLOCK_N=128, BLOCK_V=64), ADA, (2,), most_width=128),
+        Entry(config(4, 2, BLOCK_N=128, BLOCK_V=64), ADA, (2,), most_width=64, plain=True),
+        Entry(config(8, 2, BLOCK_N=128, BLOCK_V=64), ADA, (2,), most_width=128, plain=True),
         Entry(config(8, 2, BLOCK_N=64, BLOCK_V=32), ADA, (2,)),
-        Entry(config(8, 2, BLOCK_N=64, BLOCK_V=64), HOPPER, (4,), most_width=64),
+        Entry(config(8, 2, BLOCK_N=64, BLOCK_V=64), HOPPER, (4,), most_width=64, plain=True),
         Entry(config(4, 1, BLOCK_N=64, BLOCK_V=16), itemsizes=(4,), most_width=64),
         Entry(config(8, 1, BLOCK_N=32, BLOCK_V=32), itemsizes=(4,)),
     ),
@@ -563,10 +565,10 @@ CONFIGS = {
         Entry(config(4, 3, BLOCK_N=64, BLOCK_V=128), AMPERE, (2,), most_width=64),
         Entry(config(8, 3, BLOCK_N=64, BLOCK_V=128), AMPERE, (2,), most_width=128),
         Entry(config(8, 2, BLOCK_N=64, BLOCK_V=64), AMPERE, (2,)),
-        Entry(config(4, 2, BLOCK_N=64, BLOCK_V=128), ADA, (2,), most_width=64),
+        Entry(config(4, 2, BLOCK_N=64, BLOCK_V=128), ADA, (2,), most_width=64, plain=True),
         Entry(config(8, 2, BLOCK_N=64, BLOCK_V=128), ADA, (2,), most_width=128),
         Entry(config(8, 2, BLOCK_N=32, BLOCK_V=64), ADA, (2,)),
-        Entry(config(8, 2, BLOCK_N=64, BLOCK_V=64), HOPPER, (4,), most_width=64),
+        Entry(config(8, 2, BLOCK_N=64, BLOCK_V=64), HOPPER, (4,), most_width=64, plain=True),
         Entry(config(4, 1, BLOCK_N=32, BLOCK_V=32), itemsizes=(4,), most_width=128),
         Entry(config(8, 1, BLOCK_N=32, BLOCK_V=32), itemsizes=(4,)),
     ),
@@ -617,7 +619,8 @@ def _pass(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss, lse and the means of one pass over all items; 0 for rows that take no part."""
     size, (v, d) = kept.shape[1], items.shape
-    wanted = _tuning.key(hidden, rows=size, items=v, width=d)
+    options = softcap > 0 or label_smoothing > 0
+    wanted = _tuning.key(hidden, rows=size, items=v, width=d, options=options)
     columns = column_blocks(wanted)
     width = columns["BLOCK_D"]
     chunks = triton.cdiv(d, width) if mean else 1
@@ -844,7 +847,8 @@ def _item_gradients(
     label_smoothing: float,
 ) -> None:
     size, (v, d) = kept.shape[1], items.shape
-    wanted = _tuning.key(items, rows=size, items=v, width=d)
+    options = softcap > 0 or label_smoothing > 0
+    wanted = _tuning.key(items, rows=size, items=v, width=d, options=options)
     columns = column_blocks(wanted)
     width = columns["BLOCK_D"]
     scale, cap = scales(temperature, softcap)
