@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# The path comes first
 from benchmarks import kernel_sources, sass  # noqa: E402
 
 KEPT = ROOT / "benchmarks/results/gpu-budget.json"

@@ -12,6 +12,7 @@ from harness import ROOT
 from t4r_fast.cli.bench import load_benchmarks
 
 load_benchmarks(ROOT)
+# The checkout's benchmarks, which load_benchmarks finds.
 from benchmarks import gpu, gpu_budget, gpu_step, kernel_sources, roofline, sass  # noqa: E402
 
 ROW = {
