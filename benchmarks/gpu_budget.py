@@ -1,15 +1,18 @@
 """What every GPU kernel costs on every architecture, compiled ahead of time; needs no GPU.
 
-    make gpu-budget                                compile all, compare with gpu-budget.json
-    make gpu-budget ARGS="--update target_rank"    take the new numbers of an op over
+    make gpu-budget                                compile the kept ones, compare with the table
+    make gpu-budget ARGS=--every                   compile all variants: does one spill?
+    make gpu-budget ARGS="--update target_rank"    the same, cap what spills, keep the new numbers
     make gpu-budget ARGS=--stale                   is it of today's sources? compiles nothing
 
-Fails on a spill, on a kernel that lost its tensor cores, and on numbers worse than the kept ones.
+The table is gpu-budget.json. Fails on a spill, on a kernel that lost its tensor cores, and on
+numbers worse than the kept ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import concurrent.futures
 import functools
 import importlib
@@ -31,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import kernel_sources, sass  # noqa: E402
 
 KEPT = ROOT / "benchmarks/results/gpu-budget.json"
+CAPS = ROOT / "kernels/triton/_caps.py"
 DOCUMENT = ROOT / "docs/gpu.md"
 BEGIN, END = "<!-- gpu-budget begins -->", "<!-- gpu-budget ends -->"
 
@@ -94,7 +98,7 @@ def triton_ops() -> list[str]:
 
 
 # Dtype and width of the variants that are kept and compared; "all" has every option of the op. The
-# others, some 800 per architecture, take half an hour: --every.
+# others, some 800 per architecture, take 20 minutes: --every.
 REPRESENTATIVE = ("bf16 D64", "bf16 D256 all", "fp32 D64")
 
 
@@ -117,12 +121,41 @@ def distinct(op: str, arch: int, every: bool) -> list[Any]:
     return [variant for variant, _ in found.values()]
 
 
-def compile_variant(op: str, arch: int, index: int, every: bool) -> dict[str, Any]:
-    """The row of one Triton variant; in a process of its own, where triton is not interpreted."""
-    from t4r_fast.kernels._tuning import compile_ahead
+def larger_caps(arch: int, registers: int, warps: int) -> Iterator[int]:
+    """The most registers of a thread with a block less on an SM, with two less, and so on."""
+    blocks = blocks_per_sm(arch, registers, 0, warps)
+    for fewer in range(blocks - 1, 0, -1):
+        most = min(REGISTERS // (fewer * warps) // 256 * 8, 255)
+        if most > registers:
+            yield most
+        if most == 255:
+            return
+
+
+def compile_variant(op: str, arch: int, index: int, every: bool, search: bool) -> dict[str, Any]:
+    """The row of one Triton variant; in a process of its own, where triton is not interpreted.
+
+    search    find its cap, None if it spills without one as well as with the largest
+    """
+    from t4r_fast.kernels import _tuning
 
     variant = distinct(op, arch, every)[index]
-    compiled = compile_ahead(variant, arch)
+    if not search:
+        return compile_with(variant, op, arch, _tuning.cap(variant, arch))
+    free = compile_with(variant, op, arch, None)
+    if not (free["spills"] or free["stack"]):
+        return free
+    for cap in larger_caps(arch, free["registers"], free["warps"]):
+        found = compile_with(variant, op, arch, cap)
+        if not (found["spills"] or found["stack"]):
+            return found
+    return free
+
+
+def compile_with(variant: Any, op: str, arch: int, cap: int | None) -> dict[str, Any]:
+    from t4r_fast.kernels import _tuning
+
+    compiled = _tuning.compile_ahead(variant, arch, cap)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
@@ -135,16 +168,54 @@ def compile_variant(op: str, arch: int, index: int, every: bool) -> dict[str, An
         "variant": variant.label,
         "blocks": dict(variant.config.blocks),
         "stages": variant.config.num_stages,
+        "cap": cap,
+        "compilation": _tuning.compilation(variant),
     }
 
 
-def triton_tasks(
-    ops: list[str], archs: list[int], every: bool
-) -> Iterator[tuple[str, int, int, bool]]:
+def triton_tasks(ops: list[str], archs: list[int], every: bool) -> Iterator[tuple[str, int, int]]:
     for op in ops:
         for arch in archs:
             for index in range(len(distinct(op, arch, every))):
-                yield op, arch, index, every
+                yield op, arch, index
+
+
+def write_caps(rows: list[dict[str, Any]], measured: set[tuple[str, int]]) -> int:
+    """The caps of rows, and of the variants of ops that were not measured, to their file."""
+    from t4r_fast.kernels import _tuning
+
+    numbers = {limits.name: arch for arch, limits in ARCHITECTURES.items()}
+    found: dict[tuple[str, int], dict[str, tuple[int, str]]] = {}
+    for op in triton_ops():
+        for arch in ARCHITECTURES:
+            for variant in [] if (op, arch) in measured else distinct(op, arch, True):
+                before = _tuning.cap(variant, arch)
+                if before is not None:
+                    place = found.setdefault((variant.kernel.__name__, arch), {})
+                    place[_tuning.compilation(variant)] = before, variant.label
+    for r in rows:
+        if r.get("cap") is not None:
+            place = found.setdefault((r["kernel"], numbers[r["arch"]]), {})
+            place[r["compilation"]] = r["cap"], r["variant"]
+    lines = [
+        '"""Caps on the registers of kernels: what each is for, _tuning.py says.',
+        "",
+        "Written by `make gpu-budget ARGS=--update`: kernel and architecture, short name of the",
+        "compilation, registers.",
+        '"""',
+        "",
+        "CAPS: dict[tuple[str, int], dict[str, int]] = {",
+    ]
+    for (kernel, arch), caps in sorted(found.items()):
+        lines.append(f'    ("{kernel}", {arch}): {{')
+        by_label = sorted(caps.items(), key=lambda item: (item[1][1], item[0]))
+        lines += [f'        "{name}": {cap},  # {label}' for name, (cap, label) in by_label]
+        lines.append("    },")
+    CAPS.write_text("\n".join([*lines, "}", ""]))
+    _tuning.CAPS.clear()
+    for place, caps in found.items():
+        _tuning.CAPS[place] = {name: cap for name, (cap, _) in caps.items()}
+    return sum(map(len, found.values()))
 
 
 # -- CUDA --------------------------------------------------------------------------------------
@@ -230,7 +301,7 @@ def sources(ops: list[str], archs: list[int]) -> dict[str, str]:
         name = ARCHITECTURES[arch].name
         for op in triton_ops():
             if op in (ops or [op]):
-                made = kernel_sources.of_triton(distinct(op, arch, False))
+                made = kernel_sources.of_triton(distinct(op, arch, True), arch)
                 found[f"triton {op} {name}"] = made
         for op in cuda_ops():
             if op in (ops or [op]):
@@ -249,11 +320,34 @@ def stale(now: dict[str, str], kept: dict[str, str]) -> list[str]:
     ]
 
 
-def measure(ops: list[str], archs: list[int], jobs: int, every: bool) -> list[dict[str, Any]]:
+def unknown_caps() -> list[str]:
+    """Caps of compilations that no op has any more, in words."""
+    from t4r_fast.kernels import _tuning
+
+    known = {
+        (variant.kernel.__name__, arch, _tuning.compilation(variant))
+        for op in triton_ops()
+        for arch in ARCHITECTURES
+        for variant in distinct(op, arch, True)
+    }
+    return [
+        f"{kernel} {ARCHITECTURES[arch].name}: no compilation is {name} now: a cap of no use"
+        for (kernel, arch), caps in _tuning.CAPS.items()
+        for name in caps
+        if (kernel, arch, name) not in known
+    ]
+
+
+def measure(
+    ops: list[str], archs: list[int], jobs: int, every: bool, search: bool
+) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
         known = [op for op in triton_ops() if not ops or op in ops]
-        tasks = [pool.submit(compile_variant, *task) for task in triton_tasks(known, archs, every)]
+        tasks = [
+            pool.submit(compile_variant, *task, every, search)
+            for task in triton_tasks(known, archs, every)
+        ]
         cuda = [op for op in cuda_ops() if not ops or op in ops]
         tasks += [pool.submit(compile_cuda, op, arch) for op in cuda for arch in archs]
         for number, done in enumerate(tasks, 1):
@@ -343,15 +437,37 @@ def write_document(text: str) -> None:
     DOCUMENT.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
-def keep(rows: list[dict[str, Any]], others: list[dict[str, Any]], sources: dict[str, str]) -> None:
-    """Write the rows, and the others as they were, to the table and its page."""
+def source_of(row: dict[str, Any]) -> str:
+    """The row's place in `sources`."""
+    return f"{row['backend']} {row['op']} {row['arch']}"
+
+
+def keep(
+    rows: list[dict[str, Any]],
+    others: list[dict[str, Any]],
+    sources: dict[str, str],
+    compiled: dict[str, int],
+    capped: int,
+) -> None:
+    """Write the rows, and the others as they were, to the table and its page.
+
+    compiled    how many kernels were compiled, by place in `sources`
+    capped      how many of all have a cap
+    """
     rows = sorted([*others, *rows], key=key)
-    there = {f"{r['backend']} {r['op']} {r['arch']}" for r in rows}
-    kept = {name: digest for name, digest in sorted(sources.items()) if name in there}
+    there = {source_of(r) for r in rows}
+    head = {
+        "versions": versions(),
+        "sources": {name: digest for name, digest in sorted(sources.items()) if name in there},
+        "compiled": {name: count for name, count in sorted(compiled.items()) if name in there},
+    }
     lines = ",\n".join(json.dumps(r, sort_keys=True) for r in rows)
-    head = json.dumps({"versions": versions(), "sources": kept}, indent=1)
-    KEPT.write_text(f'{head[:-2]},\n "rows": [\n{lines}\n]}}\n')
-    write_document(markdown(rows))
+    KEPT.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n{lines}\n]}}\n')
+    count = sum(head["compiled"].values())
+    write_document(
+        f"{count:,} kernels compiled, {capped} of them with a cap on their registers, because "
+        f"without one they spill; 0 spill. {len(rows)} are kept:\n\n{markdown(rows)}"
+    )
 
 
 def main() -> int:
@@ -359,27 +475,30 @@ def main() -> int:
     parser.add_argument("ops", nargs="*", help="only these ops")
     parser.add_argument("--arch", type=int, action="append", choices=sorted(ARCHITECTURES))
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--update", action="store_true", help="keep the new numbers")
     parser.add_argument(
-        "--every", action="store_true", help="all variants, half an hour; looks for spills alone"
+        "--update", action="store_true", help="all variants: cap what spills, keep the new numbers"
+    )
+    parser.add_argument(
+        "--every", action="store_true", help="all variants, 20 minutes; looks for spills alone"
     )
     parser.add_argument(
         "--stale", action="store_true", help="only ask whether sources changed since --update"
     )
     parser.add_argument("--verbose", action="store_true", help="print a line per variant")
     options = parser.parse_args()
-    if options.every and options.update:
-        parser.error("--update keeps the representative variants: leave out --every")
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET must not be set: interpreted kernels cannot be compiled")
     archs = options.arch or sorted(ARCHITECTURES)
-    table = json.loads(KEPT.read_text()) if KEPT.exists() else {"rows": [], "sources": {}}
-    now = sources(options.ops, archs)
+    table: dict[str, Any] = {"rows": [], "sources": {}, "compiled": {}}
+    if KEPT.exists():
+        table.update(json.loads(KEPT.read_text()))
     if options.stale:
-        found = stale(now, table["sources"])
+        now = sources(options.ops, archs)
+        found = stale(now, table["sources"]) + unknown_caps()
         print(*found, f"{len(now)} looked at, {len(found)} stale", sep="\n")
         return bool(found)
-    rows = measure(options.ops, archs, options.jobs, options.every)
+    every = options.every or options.update
+    rows = measure(options.ops, archs, options.jobs, every, options.update)
     names = {ARCHITECTURES[arch].name for arch in archs}
     kept = table["rows"]
     chosen = [r for r in kept if r["arch"] in names and r["op"] in (options.ops or [r["op"]])]
@@ -387,13 +506,21 @@ def main() -> int:
     if options.verbose:
         for r in rows:
             print(*(f"{k}={v}" for k, v in r.items()), sep="  ")
-    found = faults(rows, rows if options.update or options.every else chosen)
+    found = faults(rows, rows if every else chosen)
     print(*found, sep="\n")
     print(f"{len(rows)} kernels compiled, {len(found)} faults")
     if found:
         return 1
     if options.update:
-        keep(rows, others, {**table["sources"], **now})
+        measured = {(op, arch) for op in options.ops or triton_ops() for arch in archs}
+        capped = write_caps(rows, measured)
+        shown = [
+            {name: value for name, value in r.items() if name != "compilation"}
+            for r in rows
+            if r["backend"] == "cuda" or representative(r["variant"].partition(" #")[0])
+        ]
+        compiled = table["compiled"] | collections.Counter(map(source_of, rows))
+        keep(shown, others, table["sources"] | sources(options.ops, archs), compiled, capped)
     return 0
 
 

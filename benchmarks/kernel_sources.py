@@ -25,9 +25,9 @@ def digest(parts: Iterable[str]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def of_triton(variants: Iterable[Any]) -> str:
+def of_triton(variants: Iterable[Any], arch: int) -> str:
     """Of t4r_fast.kernels Variants: types, constants, launch, and all code that they compile."""
-    from t4r_fast.kernels._tuning import is_fused
+    from t4r_fast.kernels._tuning import cap, is_fused
 
     made = list(variants)
     sources: dict[str, str] = {}
@@ -35,7 +35,7 @@ def of_triton(variants: Iterable[Any]) -> str:
         _collect(variant.kernel.fn, sources)
     shown = [
         f"{v.kernel.fn.__name__} {v.label} {v.signature} {v.config} {is_fused(v.kernel)} "
-        f"{sorted((name, str(value)) for name, value in v.constexprs.items())}"
+        f"{cap(v, arch)} {sorted((name, str(value)) for name, value in v.constexprs.items())}"
         for v in made
     ]
     return digest([*sorted(shown), *(sources[name] for name in sorted(sources))])

@@ -52,6 +52,23 @@ def test_blocks_per_sm(arch, registers, shared, warps, blocks):
     assert gpu_budget.blocks_per_sm(arch, registers, shared, warps) == blocks
 
 
+@pytest.mark.parametrize(
+    ("arch", "registers", "warps", "caps"),
+    [
+        (80, 128, 8, [255]),  # 2 blocks; 1 block could have 256
+        (90, 40, 4, [48, 56, 64, 72, 80, 96, 128, 168, 255]),
+        (80, 255, 8, []),
+        (86, 255, 4, []),
+        (80, 168, 2, [200, 255]),  # 6 blocks; 5 have 204 each, rounded down to a multiple of 8
+    ],
+)
+def test_caps_are_tried_by_what_they_cost_in_blocks(arch, registers, warps, caps):
+    found = list(gpu_budget.larger_caps(arch, registers, warps))
+    blocks = [gpu_budget.blocks_per_sm(arch, cap, 0, warps) for cap in found]
+    assert blocks == sorted(set(blocks), reverse=True)
+    assert found == caps
+
+
 def test_the_kept_table_has_no_fault():
     assert gpu_budget.faults([ROW], [ROW]) == []
 

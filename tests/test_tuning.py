@@ -1,6 +1,7 @@
 """Block sizes of the Triton kernels: tables, and autotuning with an injected timer."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,9 +62,8 @@ def test_the_first_entry_that_fits():
 def test_plain_entries_are_not_for_calls_with_options():
     table = {"some_kernel": (Entry(LARGE, plain=True), Entry(SMALL))}
     assert _tuning.fixed("some_kernel", table, KEY) == LARGE
-    more = SMALL._replace(registers=_tuning.MAX_REGISTERS)
-    assert _tuning.fixed("some_kernel", table, KEY._replace(options=True)) == more
-    assert _tuning.candidates("some_kernel", table, KEY._replace(options=True)) == [more]
+    assert _tuning.fixed("some_kernel", table, KEY._replace(options=True)) == SMALL
+    assert _tuning.candidates("some_kernel", table, KEY._replace(options=True)) == [SMALL]
 
 
 def test_exact_sizes_do_not_count():
@@ -126,9 +126,53 @@ def test_a_damaged_file_warns_and_is_replaced(tuning, content):
 
 def test_arguments_of_a_launch():
     blocks = {"BLOCK_N": 32, "BLOCK_V": 32}
-    assert SMALL.arguments() == {**blocks, "num_warps": 4, "num_stages": 2, "maxnreg": None}
+    assert SMALL.arguments() == {**blocks, "num_warps": 4, "num_stages": 2}
     assert (SMALL["BLOCK_V"], SMALL.num_stages) == (32, 2)
     assert isinstance(SMALL, Config)
+
+
+class Kernel:
+    """What a launch needs of a kernel (x, D, HAS_BIAS, BLOCK_N, BLOCK_V), and how it was called."""
+
+    def __init__(self):
+        self.arg_names = ["x", "D", "HAS_BIAS", "BLOCK_N", "BLOCK_V"]
+        self.params = [
+            SimpleNamespace(name=name, is_constexpr=name not in "xD", annotation_type=None)
+            for name in self.arg_names
+        ]
+        self.fn = SimpleNamespace(__name__="some_kernel")
+        self.launched = []
+
+    def __getitem__(self, grid):
+        return lambda **arguments: self.launched.append(arguments)
+
+
+def test_a_launch_names_the_cap_of_its_compilation_and_of_no_other(monkeypatch):
+    kernel, x = Kernel(), torch.zeros(3, dtype=torch.bfloat16)
+    types = {"x": "*bf16", "D": "i32"}
+    made = _tuning.variant(kernel, types, {"HAS_BIAS": True}, SMALL, "bf16")
+    caps = {("some_kernel", 80): {_tuning.compilation(made): 168}}
+    monkeypatch.setattr(_tuning, "CAPS", caps)
+    monkeypatch.setattr(_tuning, "_launch_caps", {})
+    assert _tuning.cap(made, 80) == 168
+    assert _tuning.cap(made, 90) is None
+    assert _tuning.cap(made._replace(label="other"), 80) == 168
+
+    def cap_of(arch=80, config=SMALL, x=x, bias=True):
+        monkeypatch.setattr(_tuning, "capability", lambda tensor: arch)
+        _tuning.launch(kernel, (1,), config, x=x, D=64, HAS_BIAS=bias)
+        return kernel.launched[-1]["maxnreg"]
+
+    assert [cap_of(), cap_of()] == [168, 168]
+    assert kernel.launched[-1]["num_warps"] == 4
+    others = [
+        cap_of(arch=90),
+        cap_of(config=LARGE),
+        cap_of(config=SMALL._replace(num_stages=3)),
+        cap_of(x=x.float()),
+        cap_of(bias=False),
+    ]
+    assert others == [None] * 5
 
 
 def test_tf32_only_where_asked_for(monkeypatch):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import warnings
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from t4r_fast.kernels._caps import CAPS
 from torch import Tensor
 
 import triton
@@ -30,36 +32,28 @@ INTERPRETER = 0
 D_BUCKETS = (16, 32, 64, 128, 256)
 WIDE = 512
 N_BINS = (128, 1024, 8192, 2**62)
-MAX_REGISTERS = 255  # of a thread; 8 warps, the most that a table has, can have them
 INTERPRETED_PROCESSORS = 2  # so that small tests split their items
 
 
 class Config(NamedTuple):
-    """How to launch a kernel: block sizes by argument name, warps, pipeline stages, registers.
-
-    Left alone (registers None), ptxas stops some kernels at 128 registers or fewer to hold more
-    blocks, and spills. With MAX_REGISTERS it does not, but then 235 of the 615 kernels of
-    `make gpu-budget` hold fewer blocks: only where it is needed.
-    """
+    """How to launch a kernel: block sizes by argument name, warps and pipeline stages."""
 
     blocks: tuple[tuple[str, int], ...]
     num_warps: int
     num_stages: int
-    registers: int | None = None
 
-    def arguments(self) -> dict[str, int | None]:
+    def arguments(self) -> dict[str, int]:
         """Keyword arguments of the launch."""
-        launch = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return {**dict(self.blocks), **launch, "maxnreg": self.registers}
+        return {**dict(self.blocks), "num_warps": self.num_warps, "num_stages": self.num_stages}
 
     def __getitem__(self, name: Any) -> Any:
         """config["BLOCK_N"], and a tuple's numbers."""
         return dict(self.blocks)[name] if isinstance(name, str) else tuple.__getitem__(self, name)
 
 
-def config(num_warps: int, num_stages: int, registers: int | None = None, **blocks: int) -> Config:
+def config(num_warps: int, num_stages: int, **blocks: int) -> Config:
     """config(8, 3, BLOCK_N=128, BLOCK_V=128)"""
-    return Config(tuple(blocks.items()), num_warps, num_stages, registers)
+    return Config(tuple(blocks.items()), num_warps, num_stages)
 
 
 class Entry(NamedTuple):
@@ -167,7 +161,7 @@ def fixed(kernel: str, table: Table, wanted: Key) -> Config:
     """The table's configuration for a key."""
     for entry in table[kernel]:
         if _fits(entry, wanted) and wanted.rows <= entry.most_rows:
-            return _config_of(entry, wanted)
+            return entry.config
     raise LookupError(f"{kernel}: CONFIGS must have an entry for {wanted}")
 
 
@@ -182,11 +176,7 @@ def _fits(entry: Entry, wanted: Key) -> bool:
 
 def candidates(kernel: str, table: Table, wanted: Key) -> list[Config]:
     """All configurations that may be launched for the key's architecture, element and D bucket."""
-    return list(dict.fromkeys(_config_of(e, wanted) for e in table[kernel] if _fits(e, wanted)))
-
-
-def _config_of(entry: Entry, wanted: Key) -> Config:
-    return entry.config._replace(registers=MAX_REGISTERS) if wanted.options else entry.config
+    return list(dict.fromkeys(e.config for e in table[kernel] if _fits(e, wanted)))
 
 
 # -- autotuning ------------------------------------------------------------------------------------
@@ -220,13 +210,13 @@ def chosen(
     name = _name(kernel, wanted)
     if name not in _tuned:
         stored = _read(cache_file()).get(name)
-        found = next((c for c in possible if _as_json(c) == stored), None)
+        found = next((c for c in possible if c.arguments() == stored), None)
         if found is None:
             if not interpreted() and torch.cuda.is_current_stream_capturing():
                 return fixed(kernel, table, wanted)  # nothing can be timed inside a capture
             times = [timer(functools.partial(run, c)) for c in possible]
             found = possible[times.index(min(times))]
-            _write(cache_file(), name, _as_json(found))
+            _write(cache_file(), name, found.arguments())
         _tuned[name] = found
     return _tuned[name]
 
@@ -238,10 +228,6 @@ def _name(kernel: str, wanted: Key) -> str:
         f"torch {torch.__version__}", f"triton {triton.__version__}",
     )  # fmt: skip
     return ", ".join(parts)
-
-
-def _as_json(c: Config) -> dict[str, int | None]:
-    return c.arguments()
 
 
 def cache_file() -> Path:
@@ -357,10 +343,64 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any)
         return
     if 0 in grid:
         return
-    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    one = next(value for value in arguments.values() if isinstance(value, Tensor))
+    guard = torch.cuda.device(one.device) if one.is_cuda else contextlib.nullcontext()
+    options = {
+        "maxnreg": _launch_cap(kernel, arguments, config, capability(one)),
+        "enable_fp_fusion": is_fused(kernel),
+    }
     with guard:
-        kernel[grid](**arguments, **config.arguments(), enable_fp_fusion=is_fused(kernel))
+        kernel[grid](**arguments, **config.arguments(), **options)
+
+
+# Left alone, ptxas may rather spill a few registers than hold a block less. A cap on registers,
+# once named, is used up, though: at 255, 235 of 615 kernels held fewer blocks. So only compilations
+# that spill have one, the smallest that ends it; `make gpu-budget ARGS=--update` finds them.
+
+
+_launch_caps: dict[tuple[Any, ...], int | None] = {}
+
+
+def _launch_cap(kernel: Any, arguments: dict[str, Any], config: Config, arch: int) -> int | None:
+    name = kernel.fn.__name__
+    if (name, arch) not in CAPS:
+        return None
+    # 10 us for 52 arguments; naming the compilation each time would take 35
+    constants = _constant_names(kernel)
+    kinds = tuple(
+        value.dtype
+        if isinstance(value, Tensor)
+        else value
+        if value is None or argument in constants
+        else value >= 2**31
+        for argument, value in arguments.items()
+    )
+    call = (name, arch, config, kinds)
+    if call not in _launch_caps:
+        types, values = _types(kernel, arguments)
+        _launch_caps[call] = cap(variant(kernel, types, values, config, ""), arch)
+    return _launch_caps[call]
+
+
+@functools.cache
+def _constant_names(kernel: Any) -> frozenset[str]:
+    return frozenset(p.name for p in kernel.params if p.is_constexpr)
+
+
+def cap(made: Variant, arch: int) -> int | None:
+    """The cap on the registers of a compilation; None: ptxas chooses."""
+    caps = CAPS.get((made.kernel.fn.__name__, arch))
+    return caps.get(compilation(made)) if caps else None
+
+
+def compilation(made: Variant) -> str:
+    """A short name for all that distinguishes a compilation from others of its kernel."""
+    kinds = (
+        f"{name} {made.constexprs.get(name) if kind == 'constexpr' else kind}"
+        for name, kind in made.signature.items()
+    )
+    launched = f"{made.config.num_warps} {made.config.num_stages}"
+    return hashlib.sha256("\n".join([*kinds, launched]).encode()).hexdigest()[:10]
 
 
 def recorded(arch: int, label: str, launcher: Callable[[], Any]) -> list[Variant]:
@@ -433,10 +473,11 @@ def variant(
     return Variant(kernel, signature, constants, config, label)
 
 
-def compile_ahead(made: Variant, arch: int) -> Any:
+def compile_ahead(made: Variant, arch: int, registers: int | None = None) -> Any:
     """Compile for an architecture without a GPU; .asm of the result holds ptx and cubin.
 
-    Pointers, strides and D are taken as multiples of 16, as they are in a model.
+    With a cap on its registers, or with none. Pointers, strides and D are taken as multiples of
+    16, as they are in a model.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -453,7 +494,7 @@ def compile_ahead(made: Variant, arch: int) -> Any:
     options = {
         "num_warps": made.config.num_warps,
         "num_stages": made.config.num_stages,
-        "maxnreg": made.config.registers,
+        "maxnreg": registers,
         "enable_fp_fusion": is_fused(made.kernel),
     }
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

@@ -311,8 +311,7 @@ def item_topk_fwd(
         # 2 spill on sm_80, but of 16 columns
         stages = 1 if narrow and chosen["BLOCK_D"] > 16 else chosen.num_stages
         warps = _WARPS // (2 if narrow else 1)
-        # left alone, ptxas spills up to 41 (tf32, D = 64, sm_80); the table's hold as many blocks
-        chosen = Config(chosen.blocks, warps, stages, _tuning.MAX_REGISTERS)
+        chosen = Config(chosen.blocks, warps, stages)
     grid, tiles = problem.grid(chosen, _PROGRAMS)
     bucket = max(16, triton.next_power_of_2(k))
     capacity = triton.next_power_of_2(bucket + chosen["BLOCK_V"]) if interpreted else _CAPACITY

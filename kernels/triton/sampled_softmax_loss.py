@@ -41,7 +41,6 @@ from t4r_fast.kernels._sampled_gradients import (
 )
 from t4r_fast.kernels._scores import dense_rows, kept_entries, load_rows
 from t4r_fast.kernels._tuning import (
-    MAX_REGISTERS,
     Config,
     Entry,
     Variant,
@@ -376,8 +375,7 @@ def _fwd(warps: int, stages: int = 2, wide: int = 64, **blocks: int) -> Callable
 
     def make(d: int) -> Config:
         if d == 128:
-            registers = MAX_REGISTERS if wide < 64 else None
-            return config(4, 2, registers, BLOCK_N=wide, BLOCK_K=32, BLOCK_D=64)
+            return config(4, 2, BLOCK_N=wide, BLOCK_K=32, BLOCK_D=64)
         return config(warps, stages, **blocks, BLOCK_D=d)
 
     return make
