@@ -110,8 +110,8 @@ bench-micro: setup
 bench-t4rec: setup
 	$(BIN)/python benchmarks/against_t4rec.py $(ARGS)
 
-# Every GPU kernel compiled for every architecture; fails on spills and on numbers worse than the kept
-# ones, ARGS=--update keeps the new ones. Needs nvcc, no GPU.
+# GPU kernels compiled for every architecture; fails on spills and on numbers worse than the kept
+# ones. ARGS=--every: all of their variants; ARGS=--update: keeps the new numbers. Needs nvcc, no GPU.
 gpu-budget: setup
 	$(BIN)/python -W ignore benchmarks/gpu_budget.py $(ARGS)
 

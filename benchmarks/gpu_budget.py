@@ -16,6 +16,7 @@ import collections
 import concurrent.futures
 import functools
 import importlib
+import itertools
 import json
 import os
 import re
@@ -98,7 +99,7 @@ def triton_ops() -> list[str]:
 
 
 # Dtype and width of the variants that are kept and compared; "all" has every option of the op. The
-# others, some 800 per architecture, take 20 minutes: --every.
+# others, some 1,400 per architecture, take half an hour: --every.
 REPRESENTATIVE = ("bf16 D64", "bf16 D256 all", "fp32 D64")
 
 
@@ -338,6 +339,28 @@ def unknown_caps() -> list[str]:
     ]
 
 
+def uncompiled(op: str, arch: int) -> list[str]:
+    """Configurations that the op's table gives a call and that none of its variants has."""
+    from t4r_fast.kernels import _scores, _tuning
+
+    module = importlib.import_module(f"t4r_fast.kernels.{op}")
+    tables = getattr(module, "CONFIGS", {})
+    if op == "target_rank":
+        tables = {"_target_rank_fwd_kernel": next(iter(_scores.CONFIGS.values()))}
+    found = set()
+    for kernel, entries in tables.items():
+        known = {v.config for v in distinct(op, arch, True) if v.kernel.__name__ == kernel}
+        for itemsize, width, rows, options in itertools.product(
+            (2, 4, 8), (*_tuning.D_BUCKETS, _tuning.WIDE), _tuning.N_BINS, (False, True)
+        ):
+            call = _tuning.Key(arch, itemsize, width, rows, 2**20, "", options)
+            chosen = _tuning.fixed(kernel, {kernel: entries}, call)
+            if chosen not in known:
+                place = f"{kernel} {ARCHITECTURES[arch].name}: {itemsize} bytes, D {width}"
+                found.add(f"{place}: {chosen} is of no variant; add a case that has it")
+    return sorted(found)
+
+
 def measure(
     ops: list[str], archs: list[int], jobs: int, every: bool, search: bool
 ) -> list[dict[str, Any]]:
@@ -366,6 +389,8 @@ def faults(rows: list[dict[str, Any]], kept: list[dict[str, Any]]) -> list[str]:
         name = " ".join(filter(None, key(row)))
         if row["spills"] or row["stack"]:
             found.append(f"{name}: {row['spills']} spills, {row['stack']} bytes of stack")
+        if row["blocks_per_sm"] == 0:
+            found.append(f"{name}: does not fit on an SM")
         old = before.pop(key(row), None)
         if old is None:
             found.append(f"{name}: is new; take it over with --update")
@@ -479,7 +504,7 @@ def main() -> int:
         "--update", action="store_true", help="all variants: cap what spills, keep the new numbers"
     )
     parser.add_argument(
-        "--every", action="store_true", help="all variants, 20 minutes; looks for spills alone"
+        "--every", action="store_true", help="all variants, half an hour; looks for spills alone"
     )
     parser.add_argument(
         "--stale", action="store_true", help="only ask whether sources changed since --update"
@@ -495,6 +520,7 @@ def main() -> int:
     if options.stale:
         now = sources(options.ops, archs)
         found = stale(now, table["sources"]) + unknown_caps()
+        found += [words for op in triton_ops() for arch in archs for words in uncompiled(op, arch)]
         print(*found, f"{len(now)} looked at, {len(found)} stale", sep="\n")
         return bool(found)
     every = options.every or options.update

@@ -82,6 +82,7 @@ def test_the_kept_table_has_no_fault():
         ({"registers": 137}, "registers 137, 128 before"),
         ({"shared": 70000}, "shared 70000"),
         ({"occupancy": 0.125}, "occupancy 0.125"),
+        ({"blocks_per_sm": 0}, "does not fit"),
         ({"variant": "bf16 D128"}, "is new"),
     ],
 )
@@ -150,6 +151,25 @@ def test_a_changed_source_is_stale():
     )
     assert len(found) == 1
     assert found[0].startswith("cuda op sm_80: ")
+
+
+def test_a_configuration_that_no_case_has_is_named(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setattr(gpu_budget, "distinct", lambda op, arch, every: [])
+    found = gpu_budget.uncompiled("tied_table_step", 90)
+    start = "_tied_table_step_items_kernel sm_90a: 2 bytes, D 64: Config("
+    assert sum(words.startswith(start) for words in found) == 1
+    assert all(words.endswith("is of no variant; add a case that has it") for words in found)
+
+
+def test_a_cap_of_nothing_is_named(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from t4r_fast.kernels import _tuning
+
+    monkeypatch.setattr(gpu_budget, "distinct", lambda op, arch, every: [])
+    monkeypatch.setattr(_tuning, "CAPS", {("_some_kernel", 90): {"0123456789": 128}})
+    (words,) = gpu_budget.unknown_caps()
+    assert words == "_some_kernel sm_90a: no compilation is 0123456789 now: a cap of no use"
 
 
 PYTHON = '''@jit

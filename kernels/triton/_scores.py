@@ -118,7 +118,7 @@ CONFIGS = {
         Entry(config(4, 2, BLOCK_N=64, BLOCK_V=64, BLOCK_D=32), archs=(90, 100), itemsizes=(4,)),
         Entry(config(4, 2, BLOCK_N=32, BLOCK_V=64, BLOCK_D=32), itemsizes=(4,), most_width=128),
         Entry(config(4, 2, BLOCK_N=32, BLOCK_V=64, BLOCK_D=16), itemsizes=(4,)),
-        Entry(config(4, 2, BLOCK_N=32, BLOCK_V=32, BLOCK_D=32), itemsizes=(8,)),
+        Entry(config(4, 2, BLOCK_N=32, BLOCK_V=32, BLOCK_D=16), itemsizes=(8,)),
     )
 }
 

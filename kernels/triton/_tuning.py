@@ -425,10 +425,11 @@ def cases() -> Iterator[tuple[str, torch.dtype, int, bool]]:
     before = torch.get_float32_matmul_precision()
     try:
         for precision_, dtype, widths in (
-            ("highest", torch.bfloat16, (64, 128, 256, 512, 100)),
-            ("highest", torch.float16, (64,)),
-            ("highest", torch.float32, (64, 128, 256, 512)),
+            ("highest", torch.bfloat16, (16, 32, 64, 128, 256, 512, 100)),
+            ("highest", torch.float16, (64, 128, 256)),
+            ("highest", torch.float32, (16, 32, 64, 128, 256, 512)),
             ("high", torch.float32, (64, 256)),
+            ("highest", torch.float64, (16, 32, 64, 256)),
         ):
             torch.set_float32_matmul_precision(precision_)
             name = "tf32" if precision_ == "high" else TYPE_NAMES[dtype]

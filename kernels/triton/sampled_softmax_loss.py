@@ -381,6 +381,10 @@ def _fwd(warps: int, stages: int = 2, wide: int = 64, **blocks: int) -> Callable
     return make
 
 
+def _fwd_float64(warps: int, candidates: int) -> Callable[[int], Config]:
+    return lambda d: config(warps, 1, BLOCK_N=16, BLOCK_K=candidates, BLOCK_D=min(d, 32))
+
+
 def _bwd(candidates: int) -> Callable[[int], Config]:
     """Tiles of the backward pass by D bucket."""
 
@@ -399,6 +403,8 @@ CONFIGS = {
         *_by_width(_fwd(4, 2, 32, BLOCK_N=64, BLOCK_K=32), archs=(100,), itemsizes=(2,)),
         *_by_width(_fwd(8, 1, 32, BLOCK_N=128, BLOCK_K=64), archs=(86, 120), itemsizes=(2,)),
         *_by_width(_fwd(8, BLOCK_N=128, BLOCK_K=64), itemsizes=(2,)),
+        *_by_width(_fwd_float64(4, 16), archs=(90, 100), itemsizes=(8,)),
+        *_by_width(_fwd_float64(8, 32), itemsizes=(8,)),
         *_by_width(
             lambda d: config(4, 1, BLOCK_N=16 if d == 128 else 32, BLOCK_K=32, BLOCK_D=min(d, 64))
         ),
@@ -408,11 +414,18 @@ CONFIGS = {
         *_by_width(_bwd(64), archs=(100,), itemsizes=(2,)),
         *_by_width(_bwd(128), itemsizes=(2,)),
         *_by_width(
-            lambda d: config(8, 1, BLOCK_N=32, BLOCK_K=16 if d == 128 else 32, BLOCK_D=min(d, 64))
+            lambda d: config(8, 1, BLOCK_N=16, BLOCK_K=16, BLOCK_D=min(d, 32)), itemsizes=(8,)
+        ),
+        *_by_width(
+            # 32 and 128: larger ones spill
+            lambda d: config(
+                8, 1, BLOCK_N=32, BLOCK_K=16 if d in (32, 128) else 32, BLOCK_D=min(d, 64)
+            )
         ),
     ),
     _ROWS_FWD: (
         *_interpreted(BLOCK_N=16, BLOCK_K=128),
+        *_by_width(lambda d: config(4, 1, BLOCK_N=1, BLOCK_K=16, BLOCK_D=d), itemsizes=(8,)),
         *_by_width(lambda d: config(4, 1, BLOCK_N=1, BLOCK_K=32, BLOCK_D=d)),
     ),
     _SUMS: (
@@ -423,6 +436,7 @@ CONFIGS = {
     _DRAW_SUMS: (
         *_interpreted(BLOCK_H=128, BLOCK_E=32),
         *_by_width(lambda d: config(1, 1, BLOCK_H=1, BLOCK_E=16, BLOCK_D=d), itemsizes=(2,)),
+        *_by_width(lambda d: config(2, 1, BLOCK_H=1, BLOCK_E=8, BLOCK_D=d), itemsizes=(8,)),
         *_by_width(lambda d: config(2 if d == 128 else 1, 1, BLOCK_H=1, BLOCK_E=16, BLOCK_D=d)),
     ),
 }

@@ -576,9 +576,10 @@ CONFIGS = {
 _MERGE = config(8, 1, BLOCK_P=32, BLOCK_M=1)
 
 
-def _few_rows() -> Config:
-    """For kernels that read each row once."""
-    return config(8, 1, BLOCK_N=64)
+def _few_rows(like: Tensor) -> Config:
+    """For kernels that read each row of like once."""
+    wide = like.dtype == torch.float64 and not _tuning.interpreted()
+    return config(8, 1, BLOCK_N=32 if wide else 64)
 
 
 def _keep_rows(
@@ -793,7 +794,7 @@ def _factors(
     factors = hidden.new_empty((5, size), dtype=dtype)
     largest = hidden.new_zeros((), dtype=torch.int32)
     scale, cap = scales(temperature, softcap)
-    few = _few_rows()
+    few = _few_rows(hidden)
     launch(
         _tied_softmax_loss_factors_kernel,
         (triton.cdiv(size, few["BLOCK_N"]),),
@@ -905,7 +906,7 @@ def _hidden_gradients(
     size, (n, d) = kept.shape[1], dhidden.shape
     named, order = (kept[1], None) if rows is None else _sorted(kept[1], count, n)
     width = min(triton.next_power_of_2(d), 128)
-    few = _few_rows()
+    few = _few_rows(items)
     launch(
         _tied_softmax_loss_hidden_kernel,
         (triton.cdiv(n, few["BLOCK_N"]), triton.cdiv(d, width)),
