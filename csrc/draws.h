@@ -1,4 +1,4 @@
-// Items drawn from a counter: the same ids as t4r_fast/reference/_draws.py, bit for bit.
+// Items drawn from a counter: the same ids as t4r_fast/plain/_draws.py, bit for bit.
 // float64 addition, multiplication and rounding alone, none of them fused: device code says so, a
 // C++ compiler needs -ffp-contract=off. No torch and no standard library beyond <cstdint>.
 #pragma once

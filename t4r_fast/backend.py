@@ -1,7 +1,7 @@
 """Which implementation of an op runs: plain PyTorch, C++, Triton or CUDA.
 
 `pick` chooses per op and device: what is forced, else a native kernel (C++ on a CPU, CUDA on a
-GPU), else Triton, else the reference. `t4r-fast doctor` prints the choice (`table`). Native kernels
+GPU), else Triton, else plain PyTorch. `t4r-fast doctor` prints the choice (`table`). Native kernels
 live in the dispatcher's namespace `t4r_fast`, Triton's in `t4r_fast_triton`; an op declares their
 schemas in Python, once. For tests without a GPU Triton's kernels are interpreted
 (TRITON_INTERPRET=1), and the CUDA kernels run from a library of C++ that T4R_FAST_CUDA_ON_CPU
@@ -26,7 +26,7 @@ import torch
 
 from t4r_fast.errors import InputError
 
-BACKENDS = ("reference", "cpu", "cuda", "triton")
+BACKENDS = ("plain", "cpu", "cuda", "triton")
 _EMULATED = os.environ.get("T4R_FAST_CUDA_ON_CPU")
 _NAMESPACES = {
     "cpu": "t4r_fast",
@@ -48,6 +48,14 @@ _functions: dict[str, list[str]] = {}  # op -> names of its declared functions
 _kernels: dict[str, dict[str, tuple[str, ...]]] = {}  # op -> backend -> device types
 
 
+def _today(name: str) -> str:
+    """Backend `plain` was called `reference`."""
+    if name != "reference":
+        return name
+    warnings.warn("t4r_fast: backend 'reference' is called 'plain' now", stacklevel=3)
+    return "plain"
+
+
 def _check_name(name: str) -> str:
     if name not in BACKENDS:
         raise InputError(
@@ -59,7 +67,7 @@ def _check_name(name: str) -> str:
 
 # A plain global and not a ContextVar: Dynamo cannot trace that. A wrong name in the environment is
 # refused by the first op, not by the import: `t4r-fast doctor` must be able to say what is wrong.
-_forced: str | None = os.environ.get("T4R_FAST_BACKEND") or None
+_forced: str | None = _today(os.environ.get("T4R_FAST_BACKEND", "")) or None
 
 
 def _load(path: Path, variable: str, build_hint: str) -> str | None:
@@ -107,10 +115,10 @@ OFF: dict[str, str | None] = {
     "cuda": _load_cuda(),
     "triton": _triton_off(),
 }
-if OFF["cpu"] is not None and _forced != "reference":
+if OFF["cpu"] is not None and _forced != "plain":
     warnings.warn(
         f"t4r_fast runs its ops in plain PyTorch: {OFF['cpu']}. "
-        "Set T4R_FAST_BACKEND=reference to choose plain PyTorch without this warning.",
+        "Set T4R_FAST_BACKEND=plain to choose plain PyTorch without this warning.",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -175,7 +183,7 @@ def _kernels_of(op: str) -> dict[str, tuple[str, ...]]:
 def _pick_device(op: str, device: str) -> str:
     kernels = _kernels_of(op)
     if _forced is not None:
-        if _forced == "reference" or device in kernels.get(_forced, ()):
+        if _forced == "plain" or device in kernels.get(_forced, ()):
             return _forced
         reason = why_not(op, _check_name(_forced), device)
         raise RuntimeError(f"{op}: backend '{_forced}' is forced, but {reason}")
@@ -183,39 +191,39 @@ def _pick_device(op: str, device: str) -> str:
         return device
     if device == "cuda" and device in kernels.get("triton", ()):
         return "triton"
-    return "reference"
+    return "plain"
 
 
 def why_not(op: str, backend: str, device: str) -> str | None:
     """Why `op` cannot take `backend` on `device`, in words; None if it can."""
-    if backend == "reference" or device in _kernels_of(op).get(backend, ()):
+    if backend == "plain" or device in _kernels_of(op).get(backend, ()):
         return None
     if device not in _DEVICES[backend]:
         return f"that backend does not run on device '{device}'"
     if OFF[backend] is not None:
         return OFF[backend]
-    return f"that backend has no kernel of it for device '{device}'; use backend 'reference'"
+    return f"that backend has no kernel of it for device '{device}'; use backend 'plain'"
 
 
 @contextlib.contextmanager
 def use(name: str) -> Iterator[None]:
-    """Force one backend for all ops: `with backend.use("reference"): ...`.
+    """Force one backend for all ops: `with backend.use("plain"): ...`.
 
     name  one of BACKENDS. An op called without a kernel there raises RuntimeError.
     The environment variable T4R_FAST_BACKEND does the same for the whole process.
     A call's backward runs on the backend of its forward.
     """
     global _forced
-    previous, _forced = _forced, _check_name(name)
+    previous, _forced = _forced, _check_name(_today(name))
     try:
         yield
     finally:
         _forced = previous
 
 
-def ops(name: str, reference: ModuleType) -> Any:
-    """Where the functions of a backend are: `reference` itself, or the dispatcher's namespace."""
-    return reference if name == "reference" else getattr(torch.ops, _NAMESPACES[name])
+def ops(name: str, plain: ModuleType) -> Any:
+    """Where the functions of a backend are: `plain` itself, or the dispatcher's namespace."""
+    return plain if name == "plain" else getattr(torch.ops, _NAMESPACES[name])
 
 
 def forced() -> str | None:
@@ -224,7 +232,7 @@ def forced() -> str | None:
 
 
 def table() -> dict[str, dict[str, str]]:
-    """The backend of every op per device: {"mask_mlm": {"cpu": "cpu", "cuda": "reference"}, ...}.
+    """The backend of every op per device: {"mask_mlm": {"cpu": "cpu", "cuda": "plain"}, ...}.
 
     Where a forced backend has no kernel the entry says "error: ..." as the call would.
     """

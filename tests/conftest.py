@@ -16,11 +16,11 @@ torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Only the reference works in chunks: on other lanes such a case is the same one again."""
+    """Only plain PyTorch works in chunks: on other lanes such a case is the same one again."""
 
     def again(item):
         values = getattr(getattr(item, "callspec", None), "params", {})
-        return values.get("chunks") and not values.get("lane", "reference").startswith("reference")
+        return values.get("chunks") and not values.get("lane", "plain").startswith("plain")
 
     config.hook.pytest_deselected(items=[item for item in items if again(item)])
     items[:] = [item for item in items if not again(item)]

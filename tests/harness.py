@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # lane -> backend, device, folder and suffix of the kernel files
 LANES = {
-    "reference": ("reference", "cpu", "t4r_fast/reference", ".py"),
-    "reference-gpu": ("reference", "cuda", "t4r_fast/reference", ".py"),
+    "plain": ("plain", "cpu", "t4r_fast/plain", ".py"),
+    "plain-gpu": ("plain", "cuda", "t4r_fast/plain", ".py"),
     "cpu": ("cpu", "cpu", "csrc/cpu", ".cpp"),
     "triton-interpret": ("triton", "cpu", "kernels/triton", ".py"),
     "triton": ("triton", "cuda", "kernels/triton", ".py"),

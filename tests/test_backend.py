@@ -38,9 +38,9 @@ def run_python(code, path=ROOT, **environment):
 @needs_cpu
 def test_native_kernel_is_picked_per_op():
     assert backend.pick("mask_mlm", IDS) == "cpu"
-    assert backend.pick("ranking_metrics", IDS) == "reference"
-    with backend.use("reference"):
-        assert backend.pick("mask_mlm", IDS) == "reference"
+    assert backend.pick("ranking_metrics", IDS) == "plain"
+    with backend.use("plain"):
+        assert backend.pick("mask_mlm", IDS) == "plain"
     assert backend.pick("mask_mlm", IDS) == "cpu"
 
 
@@ -48,7 +48,7 @@ def test_native_kernel_is_picked_per_op():
 def test_forced_backend_without_a_kernel_is_an_error():
     rank = torch.tensor([0, 1])
     message = (
-        "ranking_metrics: backend 'cpu' is forced, but .* no kernel .* use backend 'reference'"
+        "ranking_metrics: backend 'cpu' is forced, but .* no kernel .* use backend 'plain'"
     )
     with backend.use("cpu"), pytest.raises(RuntimeError, match=message):
         t4r_fast.ranking_metrics(rank, [5])
@@ -59,23 +59,29 @@ def test_forced_backend_without_a_kernel_is_an_error():
 
 
 def test_use_restores_after_an_error_and_refuses_unknown_names():
-    with pytest.raises(ZeroDivisionError), backend.use("reference"):
+    with pytest.raises(ZeroDivisionError), backend.use("plain"):
         raise ZeroDivisionError
     assert backend.forced() is None
     with pytest.raises(ValueError, match="cpu, cuda, triton; got 'fast'"), backend.use("fast"):
         pass
 
 
-def test_meta_tensors_take_the_reference():
+def test_the_old_name_of_plain_is_accepted_with_a_note():
+    noted = pytest.warns(UserWarning, match="'reference' is called 'plain' now")
+    with noted, backend.use("reference"):
+        assert backend.forced() == "plain"
+
+
+def test_meta_tensors_take_plain_pytorch():
     ids = IDS.to("meta")
-    assert backend.pick("mask_mlm", ids) == "reference"
+    assert backend.pick("mask_mlm", ids) == "plain"
 
 
 def test_table_lists_every_op():
     table = backend.table()
     ops = {p.stem for p in (ROOT / "t4r_fast/ops").glob("*.py") if not p.stem.startswith("_")}
     assert set(table) == ops
-    assert table["ranking_metrics"] == {"cpu": "reference", "cuda": "reference"}
+    assert table["ranking_metrics"] == {"cpu": "plain", "cuda": "plain"}
     with backend.use("triton"):
         assert backend.table()["ranking_metrics"]["cpu"].startswith("error: ranking_metrics: back")
 
@@ -94,7 +100,7 @@ def test_triton_kernels_register_and_run(monkeypatch):
     device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
     backend.declare("probe", "probe_fwd(Tensor x) -> Tensor", torch.empty_like)
     x = torch.ones(2, device=device)
-    assert backend.pick("probe", x) == ("triton" if device == "cuda" else "reference")
+    assert backend.pick("probe", x) == ("triton" if device == "cuda" else "plain")
     with backend.use("triton"):
         assert backend.pick("probe", x) == "triton"
         assert backend.ops("triton", probe).probe_fwd(x).tolist() == [3, 3]
@@ -103,9 +109,9 @@ def test_triton_kernels_register_and_run(monkeypatch):
 def test_environment_forces():
     done = run_python(
         "import torch, t4r_fast; print(t4r_fast.backend.pick('mask_mlm', torch.zeros(1)))",
-        T4R_FAST_BACKEND="reference",
+        T4R_FAST_BACKEND="plain",
     )
-    assert done.stdout == "reference\n"
+    assert done.stdout == "plain\n"
     done = run_python(
         "import torch, t4r_fast; t4r_fast.mask_mlm(torch.tensor([[3, 4]]))", T4R_FAST_BACKEND="fast"
     )
@@ -132,7 +138,7 @@ def test_unbuilt_package_warns_once_and_runs(unbuilt):
     assert str(unbuilt) in done.stdout
     assert done.stderr.count("RuntimeWarning: t4r_fast runs its ops in plain PyTorch") == 1
     assert "libt4r_fast_cpu.so is not built" in done.stderr
-    silent = run_python(code, unbuilt, T4R_FAST_BACKEND="reference")
+    silent = run_python(code, unbuilt, T4R_FAST_BACKEND="plain")
     assert (silent.returncode, silent.stderr) == (0, "")
 
 
@@ -151,7 +157,7 @@ def test_another_library_can_be_chosen(unbuilt, tmp_path):
     built = str(ROOT / "t4r_fast/libt4r_fast_cpu.so")
     assert run_python(code, unbuilt, T4R_FAST_CPU_LIBRARY=built).stdout == "cpu\n"
     done = run_python(code, T4R_FAST_CPU_LIBRARY=str(tmp_path / "none.so"))
-    assert done.stdout == "reference\n"
+    assert done.stdout == "plain\n"
     assert f"T4R_FAST_CPU_LIBRARY names {tmp_path}/none.so, which does not exist" in done.stderr
 
 
@@ -198,7 +204,7 @@ def test_a_package_with_the_cuda_library_imports_without_a_gpu(unbuilt):
     library = unbuilt / "t4r_fast" / "libt4r_fast_cuda.so"
     library.write_bytes(b"for GPUs")
     try:
-        facts = doctor_without(path=unbuilt, T4R_FAST_BACKEND="reference")
+        facts = doctor_without(path=unbuilt, T4R_FAST_BACKEND="plain")
     finally:
         library.unlink()
     assert facts["off"]["cuda"] == "no GPU that torch can use (libt4r_fast_cuda.so is built)"

@@ -228,7 +228,7 @@ def test_run_records_numbers_and_troubles(monkeypatch, quick_floors):
     assert ours["case"] == "double N=4"
     assert ours["cpu_ms"]["p20"] <= ours["cpu_ms"]["p50"] <= ours["cpu_ms"]["p80"]
     assert ours["floor_ms"] == pytest.approx(1.6e-6)
-    assert ours["backend"] in ("cpu", "reference")
+    assert ours["backend"] in ("cpu", "plain")
     assert {"commit", "versions", "machine", "run", "floors", "dtype"} <= set(ours)
 
 

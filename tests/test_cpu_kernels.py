@@ -74,7 +74,7 @@ def test_more_rows_than_one_workspace_holds():
 def test_only_the_gradients_that_are_needed(needs):
     inputs = make_inputs(50, 100, 20, bias=True)
     found = []
-    for name in ("cpu", "reference"):
+    for name in ("cpu", "plain"):
         leaves = {k: inputs[k].clone() for k in ("hidden", "items", "bias")}
         wanted = [t.requires_grad_() for t, need in zip(leaves.values(), needs) if need]
         with backend.use(name):

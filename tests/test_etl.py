@@ -187,7 +187,7 @@ def test_several_files_equal_one_file_and_threads_do_not_matter(tmp_path):
     code = "import sys; from t4r_fast.etl import run; run([sys.argv[1]], sys.argv[2])"
     subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "all.csv"), str(tmp_path / "threads")],
-        env={**os.environ, "POLARS_MAX_THREADS": "1", "T4R_FAST_BACKEND": "reference"},
+        env={**os.environ, "POLARS_MAX_THREADS": "1", "T4R_FAST_BACKEND": "plain"},
         check=True,
     )
     one = {p.relative_to(tmp_path / "one"): p for p in (tmp_path / "one").rglob("*.p*")}
@@ -498,7 +498,7 @@ run(sys.argv[1], sys.argv[2], progress=stall)
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "e.csv"), str(tmp_path / "out")],
         stdout=subprocess.PIPE,
-        env={**os.environ, "T4R_FAST_BACKEND": "reference"},
+        env={**os.environ, "T4R_FAST_BACKEND": "plain"},
     )
     assert process.stdout.readline() == b"stalled\n"
     # while it lives, another run leaves its folder alone

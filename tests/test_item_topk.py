@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from t4r_fast import backend
 from t4r_fast.ops.item_topk import MAX_K, item_topk
-from t4r_fast.reference import _scores
+from t4r_fast.plain import _scores
 
 LANES = lanes("item_topk")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -230,7 +230,7 @@ def test_memory_is_one_chunk(monkeypatch):
     monkeypatch.setattr(_scores, "MIN_CHUNK", 1)
     hidden, items = whole(64, 4000, 2)
     exclude = torch.randint(0, 4000, (64, 5), generator=torch.Generator().manual_seed(0))
-    with backend.use("reference"), LargestTensor() as seen:
+    with backend.use("plain"), LargestTensor() as seen:
         item_topk(hidden, items, 10, exclude=exclude, padding_idx=0)
     assert seen.elements <= 64 * 201
 

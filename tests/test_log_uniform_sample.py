@@ -10,8 +10,8 @@ from harness import ROOT, LargestTensor, lanes, run_on
 
 from t4r_fast import backend
 from t4r_fast.ops.log_uniform_sample import log_uniform_log_prob, log_uniform_sample
-from t4r_fast.reference import log_uniform_sample as reference
-from t4r_fast.reference._draws import exact_exp
+from t4r_fast.plain import log_uniform_sample as plain
+from t4r_fast.plain._draws import exact_exp
 
 LANES = lanes("log_uniform_sample")
 NATIVE = [lane for lane in LANES if lane in ("cpu", "cuda-on-cpu")]
@@ -63,8 +63,8 @@ def test_frequencies_of_large_ranges(lane, size):
 @pytest.mark.parametrize("seed", [SEED, EXTREME], ids=["seed", "extreme"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("n", [0, 1, 2, 5, 4097])
-def test_same_ids_as_the_reference(lane, n, size, seed):
-    with backend.use("reference"):
+def test_same_ids_as_plain_pytorch(lane, n, size, seed):
+    with backend.use("plain"):
         truth = log_uniform_sample(n, size + 3, low=3, seed=seed)
     with run_on(lane, "log_uniform_sample") as device:
         ours = log_uniform_sample(n, size + 3, low=3, seed=seed.to(device))
@@ -101,9 +101,9 @@ def test_unique_ids_are_the_first_different_ones(lane, n, size):
 
 @pytest.mark.parametrize("lane", LANES)
 @pytest.mark.parametrize("seed", [SEED, EXTREME], ids=["seed", "extreme"])
-def test_same_unique_ids_as_the_reference(lane, seed):
+def test_same_unique_ids_as_plain_pytorch(lane, seed):
     for n, size in [(1, 2**40), (31, 40), (32, 1000), (1023, 2**31), (1025, 1100), (5120, 118_335)]:
-        with backend.use("reference"):
+        with backend.use("plain"):
             truth = log_uniform_sample(n, size + 3, low=3, unique=True, seed=seed)
         with run_on(lane, "log_uniform_sample") as device:
             for _ in range(2):  # every launch on the emulated GPU has an order of its own
@@ -137,9 +137,9 @@ def test_device_code_of_the_draws_fuses_nothing(tmp_path):
         assert fusible not in made
 
 
-def test_unique_reference_over_several_rounds():
-    """Near the end of a range the reference must draw again and again."""
-    with backend.use("reference"):
+def test_unique_plain_over_several_rounds():
+    """Near the end of a range plain PyTorch must draw again and again."""
+    with backend.use("plain"):
         found = log_uniform_sample(300, 300, unique=True, seed=SEED)
     assert found.tries > 4 * 600
     assert torch.equal(found.ids.sort().values, torch.arange(300))
@@ -161,7 +161,7 @@ def test_exact_exp_is_exp():
 
 
 def test_no_tensor_of_the_range():
-    with backend.use("reference"), LargestTensor() as seen:
+    with backend.use("plain"), LargestTensor() as seen:
         log_uniform_sample(100, 10**9, seed=SEED)
         log_uniform_sample(100, 10**9, unique=True, seed=SEED)
     assert seen.elements <= 1000
@@ -205,7 +205,7 @@ def test_compiles_and_passes_opcheck(lane, unique):
         compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")(SEED)
         assert all(torch.equal(a, b) for a, b in zip(eager, compiled))
         torch.library.opcheck(
-            backend.ops(backend.forced(), reference).log_uniform_sample_fwd,
+            backend.ops(backend.forced(), plain).log_uniform_sample_fwd,
             (SEED, 9, 999, 1, math.log(1000), unique),
         )
 

@@ -9,7 +9,7 @@ from test_mask_mlm import boundary_sessions, same, sessions, some_sessions
 
 from t4r_fast import backend
 from t4r_fast.ops.mask_causal import MODES, mask_causal
-from t4r_fast.reference import mask_causal as reference
+from t4r_fast.plain import mask_causal as plain
 
 LANES = lanes("mask_causal")
 NATIVE = [lane for lane in LANES if lane in ("cpu", "cuda-on-cpu")]
@@ -89,9 +89,9 @@ def test_many_sessions_views_and_another_padding(lane, mode, hide_history):
 
 @pytest.mark.parametrize("lane", LANES)
 @pytest.mark.parametrize(("mode", "hide_history"), CASES)
-def test_same_bits_as_the_reference(lane, mode, hide_history):
+def test_same_bits_as_plain_pytorch(lane, mode, hide_history):
     for ids in boundary_sessions():
-        with backend.use("reference"):
+        with backend.use("plain"):
             expected = mask_causal(ids, mode=mode, hide_history=hide_history)
         with run_on(lane, "mask_causal") as device:
             found = mask_causal(ids.to(device), mode=mode, hide_history=hide_history)
@@ -144,9 +144,9 @@ def test_an_example(lane):
 
 
 @pytest.mark.parametrize("mode", range(3))
-def test_reference_never_waits_for_the_host(mode):
+def test_plain_never_waits_for_the_host(mode):
     with LargestTensor() as seen:
-        reference.mask_causal_fwd(sessions([3, 0, 5], 5), mode, 0, False)
+        plain.mask_causal_fwd(sessions([3, 0, 5], 5), mode, 0, False)
     assert not seen.calls & {"_local_scalar_dense", "nonzero", "masked_select"}
 
 
@@ -155,7 +155,7 @@ def test_reference_never_waits_for_the_host(mode):
 def test_opcheck(lane, mode):
     with run_on(lane, "mask_causal"):
         args = (sessions([3, 0, 5], 5), mode, 0, False)
-        torch.library.opcheck(backend.ops(backend.forced(), reference).mask_causal_fwd, args)
+        torch.library.opcheck(backend.ops(backend.forced(), plain).mask_causal_fwd, args)
 
 
 @pytest.mark.parametrize("lane", LANES)
@@ -174,7 +174,7 @@ def test_compiles_to_one_graph(lane, mode):
 @pytest.mark.parametrize("lane", NATIVE)
 def test_native_kernel_guards_its_arguments(lane):
     with run_on(lane, "mask_causal"):
-        op = backend.ops(backend.forced(), reference).mask_causal_fwd
+        op = backend.ops(backend.forced(), plain).mask_causal_fwd
         ids = sessions([3], 5)
         for args, message in [
             ((ids[0], 0, 0, False), r"item_ids must have shape \(B, L\); got 1 dim"),

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from t4r_fast import backend
 from t4r_fast.ops.mask_mlm import mask_mlm
-from t4r_fast.reference import mask_mlm as reference
-from t4r_fast.reference._philox import philox
+from t4r_fast.plain import mask_mlm as plain
+from t4r_fast.plain._philox import philox
 
 LANES = lanes("mask_mlm")
 NATIVE = [lane for lane in LANES if lane in ("cpu", "cuda-on-cpu")]
@@ -143,10 +143,10 @@ def test_rules(lane, mode, shape):
 
 @pytest.mark.parametrize("lane", LANES)
 @pytest.mark.parametrize("mode", MODES)
-def test_same_bits_as_the_reference(lane, mode):
+def test_same_bits_as_plain_pytorch(lane, mode):
     for ids in boundary_sessions():
         options = {"seed": SEED} if mode == "train" else {}
-        with backend.use("reference"):
+        with backend.use("plain"):
             expected = mask_mlm(ids, mode=mode, **options)
         with run_on(lane, "mask_mlm") as device:
             options = {k: v.to(device) for k, v in options.items()}
@@ -275,9 +275,9 @@ def test_generator_governs_the_draw(lane):
 
 
 @pytest.mark.parametrize("mode", range(4))
-def test_reference_never_waits_for_the_host(mode):
+def test_plain_never_waits_for_the_host(mode):
     with LargestTensor() as seen:
-        reference.mask_mlm_fwd(sessions([3, 0, 5], 5), SEED, 2**30, mode, 0)
+        plain.mask_mlm_fwd(sessions([3, 0, 5], 5), SEED, 2**30, mode, 0)
     assert not seen.calls & {"_local_scalar_dense", "nonzero", "masked_select", "multinomial"}
 
 
@@ -308,7 +308,7 @@ def test_the_kernel_stops_at_items_behind_padding(lane):
 def test_opcheck(lane, mode):
     with run_on(lane, "mask_mlm"):
         args = (sessions([3, 0, 5], 5), SEED if mode == 0 else None, 2**30, mode, 0)
-        op = backend.ops(backend.forced(), reference).mask_mlm_fwd
+        op = backend.ops(backend.forced(), plain).mask_mlm_fwd
         torch.library.opcheck(op, args)
 
 
@@ -329,7 +329,7 @@ def test_compiles_to_one_graph(lane, mode):
 @pytest.mark.parametrize("lane", NATIVE)
 def test_native_kernel_guards_its_arguments(lane):
     with run_on(lane, "mask_mlm"):
-        op = backend.ops(backend.forced(), reference).mask_mlm_fwd
+        op = backend.ops(backend.forced(), plain).mask_mlm_fwd
         ids = sessions([3], 5)
         for args, message in [
             ((ids[0], SEED, 1, 0, 0), r"item_ids must have shape \(B, L\); got 1 dim"),
@@ -360,5 +360,5 @@ ERRORS = {
 
 @pytest.mark.parametrize(("args", "options", "kind", "message"), ERRORS.values(), ids=ERRORS.keys())
 def test_errors(args, options, kind, message):
-    with backend.use("reference"), pytest.raises(kind, match=rf"^mask_mlm: .*{message}"):
+    with backend.use("plain"), pytest.raises(kind, match=rf"^mask_mlm: .*{message}"):
         mask_mlm(*args, **options)

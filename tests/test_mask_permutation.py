@@ -13,7 +13,7 @@ from test_mask_mlm import boundary_sessions, philox_in_python, sessions, some_se
 
 from t4r_fast import backend
 from t4r_fast.ops.mask_permutation import mask_permutation
-from t4r_fast.reference import mask_permutation as reference
+from t4r_fast.plain import mask_permutation as plain
 
 LANES = lanes("mask_permutation")
 NATIVE = [lane for lane in LANES if lane in ("cpu", "cuda-on-cpu")]
@@ -99,10 +99,10 @@ def test_follows_the_rules(lane, mode, shape):
 
 @pytest.mark.parametrize("lane", LANES)
 @pytest.mark.parametrize("mode", ["train", "last", "next"])
-def test_same_bits_as_the_reference(lane, mode):
+def test_same_bits_as_plain_pytorch(lane, mode):
     for ids in boundary_sessions():
         options = {"seed": SEED} if mode == "train" else {}
-        with backend.use("reference"):
+        with backend.use("plain"):
             expected = mask_permutation(ids, mode=mode, **options)
         with run_on(lane, "mask_permutation") as device:
             options = {k: v.to(device) for k, v in options.items()}
@@ -139,14 +139,14 @@ def test_one_launch_is_all_and_stops_at_items_behind_padding(lane):
 @pytest.mark.parametrize("lane", [lane for lane in NATIVE if lane != "cpu"])
 def test_the_longest_span_of_the_kernel(lane):
     ids, options = some_sessions(9, 300), {"probability": 0.9, "seed": SEED}
-    with backend.use("reference"):
+    with backend.use("plain"):
         expected = mask_permutation(ids, max_span_length=256, **options)
     with run_on(lane, "mask_permutation"):
         same(mask_permutation(ids, max_span_length=256, **options), expected)
         with pytest.raises(
             RuntimeError,
             match=r"^mask_permutation: max_span_length must be at most 256 on backend 'cuda'; "
-            "got 257: use backend 'reference'",
+            "got 257: use backend 'plain'",
         ):
             mask_permutation(ids, max_span_length=257, **options)
 
@@ -317,7 +317,7 @@ def test_same_bits_for_any_number_of_threads(lane):
     same(two, [t.cpu() for t in one])
 
 
-@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("name", ["cpu", "plain"])
 def test_no_host_sync(name):
     with run_on(name, "mask_permutation"), LargestTensor() as seen:
         mask_permutation(some_sessions(9, 11), seed=SEED)
@@ -338,7 +338,7 @@ def test_compiles_and_passes_opcheck(lane, mode):
         compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")(item_ids)
         same(compiled, draw(item_ids))
         torch.library.opcheck(
-            backend.ops(backend.forced(), reference).mask_permutation_fwd,
+            backend.ops(backend.forced(), plain).mask_permutation_fwd,
             (item_ids, seed, [6, 12, 18], False, ["train", "last", "next"].index(mode), 0),
         )
 

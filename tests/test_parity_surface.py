@@ -16,7 +16,7 @@ import t4r_fast.torch as tr
 from t4r_fast import compat
 from t4r_fast.ops.mask_mlm import SequenceMask
 from t4r_fast.ops.mask_permutation import PermutationMask
-from t4r_fast.reference._sequence_mask import row_list
+from t4r_fast.plain._sequence_mask import row_list
 from t4r_fast.schema import ColumnSchema, Schema, ValueCount
 
 HERE = Path(__file__).parent / "parity"

@@ -42,7 +42,7 @@ def test_there_are_ops():
 
 @pytest.mark.parametrize("op", OPS)
 def test_row_is_complete(op):
-    assert (ROOT / f"t4r_fast/reference/{op}.py").exists()
+    assert (ROOT / f"t4r_fast/plain/{op}.py").exists()
     assert (ROOT / f"tests/test_{op}.py").exists()
     assert (ROOT / f"benchmarks/bench_{op}.py").exists()
 

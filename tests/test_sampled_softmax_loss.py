@@ -16,8 +16,8 @@ from t4r_fast.ops.sampled_softmax_loss import (
     popularity_table,
     sampled_softmax_loss,
 )
-from t4r_fast.reference import _scores
-from t4r_fast.reference import sampled_softmax_loss as reference
+from t4r_fast.plain import _scores
+from t4r_fast.plain import sampled_softmax_loss as plain
 from t4r_fast.torch.model.sampler import LogUniformSampler
 
 LANES = lanes("sampled_softmax_loss")
@@ -46,7 +46,7 @@ def probabilities(v, sampler, low=0, popularity=None, alpha=1.0):
 
 def drawn(entries, v, k, sampler="log_uniform", scope="batch", low=0, popularity=None, alpha=1.0):
     """ids and valid (M, K) that the op draws for SEED."""
-    options = reference.Options(
+    options = plain.Options(
         k,
         SAMPLERS.index(sampler),
         SCOPES.index(scope),
@@ -60,7 +60,7 @@ def drawn(entries, v, k, sampler="log_uniform", scope="batch", low=0, popularity
     cumulative = None if popularity is None else popularity_table(popularity, alpha).cumulative
     entry = torch.arange(entries)
     sets = {"batch": entry * 0, "block": entry // 128, "row": entry}[scope]
-    ids, valid = reference._draw(options, SEED, sets, v, cumulative)
+    ids, valid = plain._draw(options, SEED, sets, v, cumulative)
     return ids, torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
 
 
@@ -137,7 +137,7 @@ def make_inputs(n, v, d, bias=False, popularity=False, scale=1.0):
 
 @pytest.fixture(params=[0, 1], ids=["one-chunk", "small-chunks"])
 def chunks(request, monkeypatch):
-    """The reference in chunks of a few rows, so that small tests cross chunks."""
+    """Plain PyTorch in chunks of a few rows, so that small tests cross chunks."""
     if request.param:
         monkeypatch.setattr(_scores, "CHUNK_BYTES", 20_000)
 
@@ -447,8 +447,8 @@ def test_same_bits_for_any_number_of_threads(lane, scope):
     found = []
     try:
         with run_on(lane, "sampled_softmax_loss") as device:
-            # The reference uses PyTorch's products, whose sums depend on the number of threads.
-            for threads in (1, 1) if interpreted or lane == "reference" else (1, 2, 1, 3):
+            # Plain PyTorch's products are MKL's, whose sums depend on the number of threads.
+            for threads in (1, 1) if interpreted or lane == "plain" else (1, 2, 1, 3):
                 torch.set_num_threads(threads)
                 leaves = {
                     k: v.to(device).requires_grad_(v.is_floating_point()) for k, v in inputs.items()
@@ -502,18 +502,18 @@ T4REC_CHANCES = [
 
 def test_t4rec_corrects_as_the_reference_does():
     ids = torch.arange(10)
-    options = reference.Options(
+    options = plain.Options(
         5, SAMPLERS.index("t4rec"), 0, 1, math.log(10), True, True, 1.0, -100
     )
     chances = torch.tensor(T4REC_CHANCES, dtype=torch.float64) + 1e-16
     torch.testing.assert_close(
-        reference._expected(options, ids, 10, None), chances.log(), rtol=1e-6, atol=1e-6
+        plain._expected(options, ids, 10, None), chances.log(), rtol=1e-6, atol=1e-6
     )
     # and at a size where float32 logarithms are nearly those of float64
     sampler = LogUniformSampler(50, 1000, 1, keep_lowest=True)
     options = options._replace(num_negatives=50, log_size=math.log(1000))
     torch.testing.assert_close(
-        reference._expected(options, torch.arange(1, 1000), 1000, None).exp(),
+        plain._expected(options, torch.arange(1, 1000), 1000, None).exp(),
         sampler.unique_sampling_dist[1:].double(),
         rtol=1e-3,
         atol=0,
@@ -610,7 +610,7 @@ def test_backward_takes_the_backend_of_forward():
     inputs = make_inputs(4, 9, 3)
     inputs["hidden"].requires_grad_()
     inputs["items"].requires_grad_()
-    with backend.use("reference"):
+    with backend.use("plain"):
         loss = sampled_softmax_loss(**inputs, num_negatives=5)
     loss.backward()
     assert inputs["hidden"].grad.abs().max() > 0

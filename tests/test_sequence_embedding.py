@@ -266,8 +266,8 @@ def test_same_bits_for_any_number_of_threads(lane):
             columns = [c.to(device) for c in inputs["columns"]]
             mask = inputs["mask"].to(device)
             weight = torch.randn(512, 20, 32, generator=torch.Generator().manual_seed(0))
-            # The reference's backward may add in another order with other threads.
-            for threads in (1, 1) if lane == "reference" else (1, 2, 3):
+            # Plain PyTorch's backward may add in another order with other threads.
+            for threads in (1, 1) if lane == "plain" else (1, 2, 3):
                 torch.set_num_threads(threads)
                 leaves = [t.to(device).requires_grad_() for t in inputs["tables"]]
                 vector = inputs["mask_vector"].to(device).requires_grad_()

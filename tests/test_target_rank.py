@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from t4r_fast import backend
 from t4r_fast.ops.item_topk import item_topk
 from t4r_fast.ops.target_rank import target_rank
-from t4r_fast.reference import _scores
+from t4r_fast.plain import _scores
 
 LANES = lanes("target_rank")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -200,7 +200,7 @@ def test_rank_is_the_place_in_item_topk(lane):
     hidden, items, target = whole(20, 40, 3, low=-1, high=2)
     with run_on(lane, "target_rank") as device:
         rank = target_rank(hidden.to(device), items.to(device), target.to(device))
-    with backend.use("reference"):
+    with backend.use("plain"):
         _, ids = item_topk(hidden, items, 40)
     place = (ids == target[:, None]).int().argmax(1)
     assert torch.equal((rank.above + rank.tied_before).cpu(), place)
@@ -211,7 +211,7 @@ def test_memory_is_one_chunk(monkeypatch):
     monkeypatch.setattr(_scores, "CHUNK_BYTES", 64 * 100 * 8)
     monkeypatch.setattr(_scores, "MIN_CHUNK", 1)
     hidden, items, target = whole(64, 2000, 4)
-    with backend.use("reference"), LargestTensor() as seen:
+    with backend.use("plain"), LargestTensor() as seen:
         target_rank(hidden, items, target)
     assert seen.elements <= 64 * 100
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from t4r_fast import backend
 from t4r_fast.ops.tied_softmax_loss import _stash_items, tied_softmax_loss
-from t4r_fast.reference import _scores
+from t4r_fast.plain import _scores
 
 LANES = lanes("tied_softmax_loss")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -28,7 +28,7 @@ OPTIONS = {
 
 @pytest.fixture(params=[0, 7], ids=["one-chunk", "chunks-of-7"])
 def chunks(request, monkeypatch):
-    """The reference in chunks of 7 items, so that small tests cross chunks."""
+    """Plain PyTorch in chunks of 7 items, so that small tests cross chunks."""
     if request.param:
         monkeypatch.setattr(_scores, "CHUNK_BYTES", 1)
         monkeypatch.setattr(_scores, "MIN_CHUNK", request.param)
@@ -334,7 +334,7 @@ def test_memory_is_one_chunk(monkeypatch):
     monkeypatch.setattr(_scores, "MIN_CHUNK", 1)
     inputs = make_inputs(64, 5000, 8)
     leaves = {k: v.requires_grad_(v.is_floating_point()) for k, v in inputs.items()}
-    with backend.use("reference"), LargestTensor() as seen:
+    with backend.use("plain"), LargestTensor() as seen:
         tied_softmax_loss(**leaves).backward()
     assert seen.elements <= 5000 * 8  # the table's gradient; the logits would be 64 * 5000
 
@@ -349,7 +349,7 @@ def test_autocast_does_not_lower_precision():
 def test_backward_takes_the_backend_of_forward():
     inputs = make_inputs(4, 9, 3)
     inputs["hidden"].requires_grad_()
-    with backend.use("reference"):
+    with backend.use("plain"):
         loss = tied_softmax_loss(**inputs)
     assert loss.grad_fn is not None
     loss.backward()

@@ -21,8 +21,8 @@ from t4r_fast.ops.tied_table_step import (
     tied_table_grad_norm,
     tied_table_step,
 )
-from t4r_fast.reference import _scores
-from t4r_fast.reference import tied_softmax_loss as loss_reference
+from t4r_fast.plain import _scores
+from t4r_fast.plain import tied_softmax_loss as loss_plain
 
 LANES = lanes("tied_table_step")
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -128,7 +128,7 @@ def typed(c, dtype):
 def pieces(items, c, options):
     """SoftmaxRows and lookup of a case, as the backward passes record them."""
     numbers = {"temperature": 1.0, "softcap": 0.0, "label_smoothing": 0.0, "z_loss": 0.0} | options
-    functions = backend.ops(backend.pick("tied_softmax_loss", items), loss_reference)
+    functions = backend.ops(backend.pick("tied_softmax_loss", items), loss_plain)
     inputs = (c["hidden"], items, c["target"], c["bias"], c["rows"])
     _, lse, *_ = functions.tied_softmax_loss_fwd(*inputs, *numbers.values(), -100, 0, False)
     made = softmax_rows(
@@ -507,7 +507,7 @@ def test_a_graph_from_before_the_step_refuses_to_run_backward():
         loss.backward()
 
 
-@pytest.mark.parametrize("lane", [lane for lane in LANES if lane != "reference"])
+@pytest.mark.parametrize("lane", [lane for lane in LANES if lane != "plain"])
 def test_opcheck(lane):
     items, c = table(30, 6, torch.float32), case(9, 30, 6, bias=True)
     from t4r_fast.ops import tied_table_step as module

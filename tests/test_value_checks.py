@@ -98,7 +98,7 @@ WRONG = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("lane", ["cpu", "reference"])
+@pytest.mark.parametrize("lane", ["cpu", "plain"])
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_values_are_named(name, lane):
     """By every backend alike; that a C++ kernel refuses them itself is what makes it so."""

@@ -1,5 +1,5 @@
 // mask_mlm: targets, mask and row list of masked language modelling, one pass over the sessions.
-// The draws are those of t4r_fast/reference/mask_mlm.py, bit for bit.
+// The draws are those of t4r_fast/plain/mask_mlm.py, bit for bit.
 
 #include <optional>
 

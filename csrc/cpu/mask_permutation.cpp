@@ -1,5 +1,5 @@
 // mask_permutation: targets, mask, row list and attention mask of permutation language modelling,
-// one pass over the sessions. The draws are those of t4r_fast/reference/mask_permutation.py, bit
+// one pass over the sessions. The draws are those of t4r_fast/plain/mask_permutation.py, bit
 // for bit.
 
 #include <algorithm>

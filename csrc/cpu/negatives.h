@@ -1,5 +1,5 @@
 // The negatives of sampled_softmax_loss: how they are drawn and weighed. The same ids as
-// t4r_fast/reference/sampled_softmax_loss.py, bit for bit: build with -ffp-contract=off.
+// t4r_fast/plain/sampled_softmax_loss.py, bit for bit: build with -ffp-contract=off.
 #pragma once
 
 #include <algorithm>

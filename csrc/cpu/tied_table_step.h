@@ -18,7 +18,7 @@ struct TableGradient {
   Matrix formed;  // data is null without a gradient formed elsewhere
 };
 
-// The codes of t4r_fast/reference/tied_table_step.py.
+// The codes of t4r_fast/plain/tied_table_step.py.
 enum Kind : int64_t { kSgd, kAdagrad, kAdamw, kRowwiseAdagrad, kRowwiseAdamw, kKinds };
 
 template <typename T>

@@ -1,5 +1,5 @@
 // mask_mlm: targets, mask and row list of masked language modelling in one launch.
-// The draws are those of t4r_fast/reference/mask_mlm.py, bit for bit; the seed is read on the
+// The draws are those of t4r_fast/plain/mask_mlm.py, bit for bit; the seed is read on the
 // device.
 
 #include "seed.cuh"

@@ -1,5 +1,5 @@
 // mask_permutation: targets, mask, row list and attention mask of permutation language modelling in
-// one launch. The draws are those of t4r_fast/reference/mask_permutation.py, bit for bit; the seed
+// one launch. The draws are those of t4r_fast/plain/mask_permutation.py, bit for bit; the seed
 // is read on the device.
 
 #include <vector>
@@ -180,7 +180,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mask_permutation_fwd_
   const int64_t spans = static_cast<int64_t>(contexts.size());
   CHECK(spans >= 1, kOp, ": max_span_length must be >= 1");
   CHECK(spans <= kMostSpans, kOp, ": max_span_length must be at most ", kMostSpans,
-        " on backend 'cuda'; got ", spans, ": use backend 'reference'");
+        " on backend 'cuda'; got ", spans, ": use backend 'plain'");
   Stretches stretches{};
   stretches.count = static_cast<int32_t>(spans);
   for (int32_t i = 0; i < stretches.count; ++i) {

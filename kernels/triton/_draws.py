@@ -1,4 +1,4 @@
-"""Items drawn from a counter: the same ids as t4r_fast/reference/_draws.py, bit for bit.
+"""Items drawn from a counter: the same ids as t4r_fast/plain/_draws.py, bit for bit.
 
 float64 additions, products and rounding alone, each rounded by itself: kernels that draw are marked
 _tuning.unfused. Numbers that need all bits of a float64 are handed to kernels as whole numbers, as
@@ -13,7 +13,7 @@ import struct
 import triton
 import triton.language as tl
 
-# Codes of t4r_fast/reference/sampled_softmax_loss.py
+# Codes of t4r_fast/plain/sampled_softmax_loss.py
 LOG_UNIFORM, UNIFORM, POPULARITY, T4REC = (tl.constexpr(code) for code in range(4))
 _NEGATIVE = tl.constexpr(3)  # the kind of draw, three bits of the counter
 _WORD = tl.constexpr(0xFFFFFFFF)

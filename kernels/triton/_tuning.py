@@ -110,7 +110,7 @@ def _capability(device: int) -> int:
     if not found:
         raise RuntimeError(
             f"t4r_fast: Triton kernels must have compute capability 8.0 or newer; GPU {device} has "
-            f"{major}.{minor} (use backend 'reference')"
+            f"{major}.{minor} (use backend 'plain')"
         )
     return found[-1]
 

@@ -301,7 +301,7 @@ def item_topk_fwd(
     if hidden.dtype == torch.float64:
         raise TypeError(
             "item_topk: hidden must be float32, float16 or bfloat16 on backend 'triton'; got "
-            "torch.float64 (use backend 'reference')"
+            "torch.float64 (use backend 'plain')"
         )
     problem = Problem(hidden, items, bias, rows)
     entries, interpreted = problem.entries, _tuning.interpreted()

@@ -51,7 +51,7 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
-from t4r_fast.reference import sampled_softmax_loss as reference
+from t4r_fast.plain import sampled_softmax_loss as plain
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -483,7 +483,7 @@ class _Call:
         rows: Tensor | None,
         cumulative: Tensor | None,
         seed: Tensor,
-        options: reference.Options,
+        options: plain.Options,
     ) -> None:
         self.hidden, self.items = dense_rows(hidden), dense_rows(items)
         self.target, self.bias, self.rows, self.seed = target, bias, rows, seed
@@ -491,7 +491,7 @@ class _Call:
         self.options = o = options
         self.width = hidden.shape[1]
         self.entries = target.shape[0] if rows is None else rows.shape[0]
-        self.t4rec = o.sampler == reference.T4REC
+        self.t4rec = o.sampler == plain.T4REC
         self.count = o.num_negatives * (2 if self.t4rec else 1)  # places of a set
         grows = o.logq and not o.remove_hits and not self.t4rec
         self.kind = LOGQ if o.logq else PLAIN
@@ -499,7 +499,7 @@ class _Call:
         self.hit = HIT_OFFSET if grows else HIT_REMOVED if o.remove_hits else HIT_STAYS
         if self.t4rec:
             self.hit = HIT_CONSTANT
-        self.set_rows = reference.BLOCK_ROWS if o.scope == reference.BLOCK else self.entries
+        self.set_rows = plain.BLOCK_ROWS if o.scope == plain.BLOCK else self.entries
         self.sets = triton.cdiv(self.entries, max(self.set_rows, 1))
         self.input = {
             "SUM": _tuning.sum_type(hidden.dtype),
@@ -583,13 +583,13 @@ class _Call:
     def _drawn_by_t4rec(self) -> _Drawn:
         # For comparison only: twice as many draws, sorted, by PyTorch; shapes are fixed.
         sets = self.target.new_zeros((1,))
-        ids, valid = reference._draw(self.options, self.seed, sets, self.items.shape[0], None)
+        ids, valid = plain._draw(self.options, self.seed, sets, self.items.shape[0], None)
         offset = torch.where(valid[0], self.t4rec_offset(ids[0]), math.inf)
         parts = _parts(offset, _tuning.SUMS[self.hidden.dtype])
         return _Drawn(ids[0].contiguous(), *parts, None, None, valid[0])
 
     def t4rec_offset(self, ids: Tensor) -> Tensor:
-        expected = reference._expected(self.options, ids, self.items.shape[0], None)
+        expected = plain._expected(self.options, ids, self.items.shape[0], None)
         if self.bias is not None:
             expected = expected - self.bias[ids].double()
         return expected / self.options.temperature
@@ -629,7 +629,7 @@ def sampled_softmax_loss_fwd(
     needs_unit: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and float64 log-sum-exp per row, 0 where a row takes no part; d loss / d hidden."""
-    options = reference.Options(
+    options = plain.Options(
         num_negatives, sampler, scope, low, log_size, logq, remove_hits, temperature, ignore_index
     )
     call = _Call(hidden, items, target, bias, rows, cumulative, seed, options)
@@ -638,7 +638,7 @@ def sampled_softmax_loss_fwd(
     lse = hidden.new_empty((entries,), dtype=torch.float64)
     unit = hidden.new_empty((entries if needs_unit else 0, call.width), dtype=dtype)
     outputs = {"loss_ptr": loss, "lse_ptr": lse, "unit_ptr": unit, "UNIT": needs_unit}
-    by_row = scope == reference.ROW
+    by_row = scope == plain.ROW
     chosen = call.config(_ROWS_FWD if by_row else _FWD, entries)
     grid = (triton.cdiv(entries, chosen["BLOCK_N"]), call.chunks(chosen) if needs_unit else 1)
     shared = {
@@ -670,7 +670,7 @@ def sampled_softmax_loss_fwd(
         **call.input,
         **drawn.pointers(),
         target_offset_ptr=call.t4rec_offset(call.kept()[1]) if call.t4rec else None,
-        hit_value=bits(reference.T4REC_HIT / temperature),
+        hit_value=bits(plain.T4REC_HIT / temperature),
         set_rows=max(call.set_rows, 1),
     )
     return loss, lse, unit
@@ -773,7 +773,7 @@ def _partial_gradients(call: _Call, drawn: _Drawn, rows: _Rows) -> tuple[Tensor,
         set_rows=call.set_rows,
         part_rows=part_rows,
         temperature=bits(call.options.temperature),
-        hit_value=bits(reference.T4REC_HIT / call.options.temperature),
+        hit_value=bits(plain.T4REC_HIT / call.options.temperature),
         stride_hidden=call.hidden.stride(0),
         stride_items=call.items.stride(0),
         D=call.width,
@@ -789,7 +789,7 @@ def _partial_gradients(call: _Call, drawn: _Drawn, rows: _Rows) -> tuple[Tensor,
 def _taking_part(call: _Call, drawn: _Drawn, kept: Tensor) -> Tensor:
     """The ids of the draws, V for those of sets without rows."""
     sets = drawn.ids.shape[0] // call.count
-    if sets == call.entries and call.options.scope == reference.ROW:
+    if sets == call.entries and call.options.scope == plain.ROW:
         of_set = kept
     elif sets == 1:
         of_set = kept.any()[None]
@@ -804,7 +804,7 @@ def _taking_part(call: _Call, drawn: _Drawn, kept: Tensor) -> Tensor:
 
 def _ditems(call: _Call, rows: _Rows, sparse: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Ids, rows of ditems and dbias; all rows, and no ids, if not sparse."""
-    items, bias, by_row = call.items, call.bias, call.options.scope == reference.ROW
+    items, bias, by_row = call.items, call.bias, call.options.scope == plain.ROW
     drawn = call.drawn(call.entries if by_row else call.sets, weigh=not by_row)
     kept, count = rows.source >= 0, items.shape[0]
     own = torch.where(kept, rows.wanted, count)
@@ -885,7 +885,7 @@ def sampled_softmax_loss_bwd(
     A place per draw and target, but no more than items. Ids rise; past the last one it is there
     again, with zeros.
     """
-    options = reference.Options(
+    options = plain.Options(
         num_negatives, sampler, scope, low, log_size, logq, remove_hits, temperature, ignore_index
     )
     call = _Call(hidden, items, target, bias, rows, cumulative, seed, options)
@@ -919,14 +919,14 @@ def _case(dtype: torch.dtype, width: int, everything: bool) -> None:
         return of(*size, dtype=torch.int64)
 
     rows, v, k = 4096, 100_000, 4096
-    bias, kept, cumulative, sampler = None, None, None, reference.LOG_UNIFORM
+    bias, kept, cumulative, sampler = None, None, None, plain.LOG_UNIFORM
     if everything:
         bias, kept, cumulative = of(v), whole(rows), of(v, dtype=torch.float64)
-        sampler = reference.POPULARITY
+        sampler = plain.POPULARITY
     tensors = (of(rows, width), of(v, width), whole(rows), bias, kept, cumulative, whole(2))
     low = 0 if everything else 1
     log_size = math.log(v - low + 1)
-    for scope in (reference.BLOCK, reference.ROW):
+    for scope in (plain.BLOCK, plain.ROW):
         options = (k, sampler, scope, low, log_size, True, not everything, 1.0, -100)
         found = sampled_softmax_loss_fwd(*tensors, *options, True)
         wide = found[0].dtype

@@ -4,7 +4,7 @@ It recomputes the softmax gradient of its items from the rows' factors, adds the
 looked up, and steps its rows of the table and of the optimizer's state, which no other program
 reads or writes. Entries that name the same item are sorted, and summed first, a segment per
 program, in their order. Rows too wide for that are stepped in slabs of bounded memory: a slab's
-gradient, then its rows. All rules and their numbers are those of reference/tied_table_step.py.
+gradient, then its rows. All rules and their numbers are those of plain/tied_table_step.py.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
-from t4r_fast.reference import tied_table_step as reference
+from t4r_fast.plain import tied_table_step as plain
 
 LN2 = tl.constexpr(math.log(2.0))
 SGD, ADAGRAD, ADAMW, ROWWISE_ADAGRAD, ROWWISE_ADAMW = (
     tl.constexpr(kind)
     for kind in (
-        reference.SGD,
-        reference.ADAGRAD,
-        reference.ADAMW,
-        reference.ROWWISE_ADAGRAD,
-        reference.ROWWISE_ADAMW,
+        plain.SGD,
+        plain.ADAGRAD,
+        plain.ADAMW,
+        plain.ROWWISE_ADAGRAD,
+        plain.ROWWISE_ADAMW,
     )
 )
-CHECK_EVERY, NEGLIGIBLE = tl.constexpr(reference.CHECK_EVERY), tl.constexpr(reference.NEGLIGIBLE)
+CHECK_EVERY, NEGLIGIBLE = tl.constexpr(plain.CHECK_EVERY), tl.constexpr(plain.NEGLIGIBLE)
 # What becomes of a tile's gradient.
 STEP, NORM, STORE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 SLAB_BYTES = 16 * 2**20  # of the gradient of wide rows; stays in the L2 cache of large GPUs
@@ -558,7 +558,7 @@ def _whole_rows(d: int) -> dict[str, int]:
     return {"BLOCK_D": width, "num_warps": min(max(width // 512, 1), 16)}
 
 
-def _numbers(rule: reference.Rule) -> dict[str, float]:
+def _numbers(rule: plain.Rule) -> dict[str, float]:
     """The numbers of a step as kernels take them."""
     return {
         "lr": rule.lr,
@@ -573,7 +573,7 @@ def _numbers(rule: reference.Rule) -> dict[str, float]:
     }
 
 
-_NO_RULE = reference.Rule(reference.SGD, 1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
+_NO_RULE = plain.Rule(plain.SGD, 1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
 
 
 def _softmax_arguments(
@@ -708,7 +708,7 @@ def _gradient_arguments(
 def _launch_tiles(
     arguments: dict[str, Any],
     mode: tl.constexpr,
-    rule: reference.Rule,
+    rule: plain.Rule,
     first: Tensor | None,
     second: Tensor | None,
     found: Tensor | None,
@@ -756,7 +756,7 @@ def tied_table_step_fwd(
     *numbers: int | float,
 ) -> None:
     """One step of all items, in place."""
-    rule = reference.Rule(*numbers)
+    rule = plain.Rule(*numbers)
     arguments = _gradient_arguments(
         items, hidden, target, factors, bias, bias_of, options, ids, rows, gradient
     )
@@ -818,7 +818,7 @@ def tied_table_step_rows(
     *numbers: int | float,
 ) -> None:
     """One step of the rows that ids (sorted) names, in place; all others stay."""
-    rule = reference.Rule(*numbers)
+    rule = plain.Rule(*numbers)
     d = items.shape[1]
     made = segment_blocks(_whole_rows(d)["BLOCK_D"])
     launch(
@@ -857,11 +857,11 @@ def tied_table_step_catch_up(
 
     An id that is named more than once is caught up once.
     """
-    rule = reference.Rule(*numbers)
+    rule = plain.Rule(*numbers)
     v, d = items.shape
     steps = lrs.shape[0]
-    adam = rule.kind in (reference.ADAMW, reference.ROWWISE_ADAMW)
-    momentum = rule.kind == reference.SGD and first is not None
+    adam = rule.kind in (plain.ADAMW, plain.ROWWISE_ADAMW)
+    momentum = rule.kind == plain.SGD and first is not None
     if not (adam or momentum or rule.weight_decay):  # nothing moves without a gradient
         if ids is not None:
             last.index_fill_(0, ids, base + steps)
@@ -930,12 +930,12 @@ def _case(dtype: torch.dtype, d: int, everything: bool) -> None:
     )  # fmt: skip
     found = (whole(rows), of(rows, d, dtype=wide), items if everything else None)
     tied_table_step_norm(items, *parts, *found)
-    kinds = range(5) if d == 64 else (reference.ADAMW,)  # the width of the tutorial
+    kinds = range(5) if d == 64 else (plain.ADAMW,)  # the width of the tutorial
     for kind in kinds:
         rule = (kind, 1, 1e-3, 0.9, 0.999, 1e-8, 0.01, 0.9, 1.0)
-        first = of(v, dtype=wide) if kind == reference.ROWWISE_ADAGRAD else of(v, d, dtype=wide)
-        second = of(v, dtype=wide) if kind == reference.ROWWISE_ADAMW else of(v, d, dtype=wide)
-        second = second if kind in (reference.ADAMW, reference.ROWWISE_ADAMW) else None
+        first = of(v, dtype=wide) if kind == plain.ROWWISE_ADAGRAD else of(v, d, dtype=wide)
+        second = of(v, dtype=wide) if kind == plain.ROWWISE_ADAMW else of(v, d, dtype=wide)
+        second = second if kind in (plain.ADAMW, plain.ROWWISE_ADAMW) else None
         tied_table_step_fwd(items, first, second, *parts, *found, *rule)
         tied_table_step_rows(items, first, second, *found[:2], *rule)
         missed = (of(v, dtype=torch.int32), whole(rows) if everything else None, 0)

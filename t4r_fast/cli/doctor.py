@@ -208,4 +208,4 @@ def _show(facts: dict[str, Any]) -> None:
 def _colour(name: str) -> str:
     if name.startswith("error"):
         return "[red]error[/red]"
-    return f"[dim]{name}[/dim]" if name == "reference" else f"[green]{name}[/green]"
+    return f"[dim]{name}[/dim]" if name == "plain" else f"[green]{name}[/green]"

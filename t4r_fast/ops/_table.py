@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from t4r_fast.reference._scores import compute_dtype, keep_rows
+from t4r_fast.plain._scores import compute_dtype, keep_rows
 
 _ATTRIBUTE = "_t4r_fast_recorder"
 

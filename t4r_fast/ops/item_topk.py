@@ -17,7 +17,7 @@ from t4r_fast.ops._check import (
     full_precision,
 )
 from t4r_fast.ops._table import all_up_to_date
-from t4r_fast.reference import item_topk as reference
+from t4r_fast.plain import item_topk as plain
 
 MAX_K = 128
 
@@ -75,7 +75,7 @@ def item_topk(
         return checked(
             name,
             lambda: _check_ids(hidden, items, rows, exclude),
-            backend.ops(name, reference).item_topk_fwd,
+            backend.ops(name, plain).item_topk_fwd,
             *(hidden, items, k, bias, rows, float(temperature), exclude, padding_idx),
         )
 

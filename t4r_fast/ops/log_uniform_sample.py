@@ -10,8 +10,8 @@ from torch import Tensor
 
 from t4r_fast import backend
 from t4r_fast.ops._seed import check_seed
-from t4r_fast.reference import log_uniform_sample as reference
-from t4r_fast.reference._draws import log_uniform_log_q
+from t4r_fast.plain import log_uniform_sample as plain
+from t4r_fast.plain._draws import log_uniform_log_q
 
 # From here on the 53 bits of a draw would show in the probabilities of single ids.
 MAX_SIZE = 2**40
@@ -71,7 +71,7 @@ def log_uniform_sample(
     if seed is not None and device is None:
         device = seed.device
     seed = check_seed("log_uniform_sample", seed, torch.device("cpu" if device is None else device))
-    functions = backend.ops(backend.pick("log_uniform_sample", seed), reference)
+    functions = backend.ops(backend.pick("log_uniform_sample", seed), plain)
     size = high - low
     return LogUniformSample(
         *functions.log_uniform_sample_fwd(seed, n, size, low, math.log(size + 1), unique)

@@ -8,14 +8,14 @@ from torch import Tensor
 from t4r_fast import backend
 from t4r_fast.ops._check import check_int64, checked
 from t4r_fast.ops._sequence_mask import SequenceMask, check_mode, check_padding
-from t4r_fast.reference import mask_causal as reference
+from t4r_fast.plain import mask_causal as plain
 
 # "train_last" and "last" are one rule for two phases, as in the reference.
 MODES = {
-    "train": reference.TRAIN,
-    "train_last": reference.LAST,
-    "last": reference.LAST,
-    "next": reference.NEXT,
+    "train": plain.TRAIN,
+    "train_last": plain.LAST,
+    "last": plain.LAST,
+    "next": plain.NEXT,
 }
 
 
@@ -44,7 +44,7 @@ def mask_causal(
     into the last column in training is left to the caller.
     """
     check_mode("mask_causal", mode, tuple(MODES))
-    if hide_history and MODES[mode] != reference.LAST:
+    if hide_history and MODES[mode] != plain.LAST:
         raise ValueError(
             "mask_causal: hide_history must be False unless mode is 'train_last' or 'last'; "
             f"got mode {mode!r}"
@@ -55,7 +55,7 @@ def mask_causal(
         *checked(
             name,
             lambda: check_padding("mask_causal", item_ids, padding_idx),
-            backend.ops(name, reference).mask_causal_fwd,
+            backend.ops(name, plain).mask_causal_fwd,
             *(item_ids, MODES[mode], padding_idx, bool(hide_history)),
         )
     )

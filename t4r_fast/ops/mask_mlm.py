@@ -9,9 +9,9 @@ from t4r_fast import backend
 from t4r_fast.ops._check import check_int64, checked
 from t4r_fast.ops._seed import check_seed
 from t4r_fast.ops._sequence_mask import SequenceMask, check_mode, check_padding
-from t4r_fast.reference import mask_mlm as reference
+from t4r_fast.plain import mask_mlm as plain
 
-MODES = ("train", "last", "shifted", "next")  # in the order of the codes in reference/mask_mlm.py
+MODES = ("train", "last", "shifted", "next")  # in the order of the codes in plain/mask_mlm.py
 
 
 def mask_mlm(
@@ -64,7 +64,7 @@ def mask_mlm(
         *checked(
             name,
             lambda: check_padding("mask_mlm", item_ids, padding_idx),
-            backend.ops(name, reference).mask_mlm_fwd,
+            backend.ops(name, plain).mask_mlm_fwd,
             *(item_ids, seed, threshold, MODES.index(mode), padding_idx),
         )
     )
@@ -74,7 +74,7 @@ def _fake(
     item_ids: Tensor, seed: Tensor | None, threshold: int, mode: int, padding_idx: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sessions, positions = item_ids.shape
-    if mode == reference.NEXT:
+    if mode == plain.NEXT:
         positions = positions + 1
     return (
         item_ids.new_empty((sessions, positions)),

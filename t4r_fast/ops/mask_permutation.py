@@ -11,9 +11,9 @@ from t4r_fast import backend
 from t4r_fast.ops._check import check_int64, checked
 from t4r_fast.ops._seed import check_seed
 from t4r_fast.ops._sequence_mask import check_mode, check_padding
-from t4r_fast.reference import mask_permutation as reference
+from t4r_fast.plain import mask_permutation as plain
 
-MODES = ("train", "last", "next")  # in the order of the codes in reference/mask_permutation.py
+MODES = ("train", "last", "next")  # in the order of the codes in plain/mask_permutation.py
 # Longer stretches than any session do as well, and products with 32-bit words stay exact.
 _MAX_CONTEXT = 2**30
 
@@ -103,7 +103,7 @@ def mask_permutation(
     *found, identity = checked(
         name,
         lambda: check_padding("mask_permutation", item_ids, padding_idx),
-        backend.ops(name, reference).mask_permutation_fwd,
+        backend.ops(name, plain).mask_permutation_fwd,
         *(item_ids, seed, contexts, permute_all, MODES.index(mode), padding_idx),
     )
     sessions, positions = found[0].shape
@@ -119,7 +119,7 @@ def _fake(
     padding_idx: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     sessions, positions = item_ids.shape
-    if mode == reference.NEXT:
+    if mode == plain.NEXT:
         positions = positions + 1
     return (
         item_ids.new_empty((sessions, positions)),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from t4r_fast import backend
 from t4r_fast.ops.target_rank import TargetRank
-from t4r_fast.reference import ranking_metrics as reference
+from t4r_fast.plain import ranking_metrics as plain
 
 TIES = ("index", "mean", "best", "worst")
 
@@ -52,7 +52,7 @@ def ranking_metrics(
     if ties not in TIES:
         raise ValueError(f"ranking_metrics: ties must be one of {', '.join(TIES)}; got {ties!r}")
     first, tied = _span(rank, ties)
-    functions = backend.ops(backend.pick("ranking_metrics", first), reference)
+    functions = backend.ops(backend.pick("ranking_metrics", first), plain)
     ndcg, recall, precision, mrr = functions.ranking_metrics_fwd(first, tied, cuts).unbind(0)
     return RankingMetrics(ndcg, recall, precision, mrr, mrr)
 

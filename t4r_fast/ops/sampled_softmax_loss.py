@@ -22,10 +22,10 @@ from t4r_fast.ops._check import (
 from t4r_fast.ops._seed import check_seed
 from t4r_fast.ops._table import eagerly, recorded, recorder_of
 from t4r_fast.ops.log_uniform_sample import MAX_SIZE
-from t4r_fast.reference import sampled_softmax_loss as reference
-from t4r_fast.reference._scores import compute_dtype
+from t4r_fast.plain import sampled_softmax_loss as plain
+from t4r_fast.plain._scores import compute_dtype
 
-# In the order of the codes in reference/sampled_softmax_loss.py
+# In the order of the codes in plain/sampled_softmax_loss.py
 SAMPLERS = ("log_uniform", "uniform", "popularity", "t4rec")
 SCOPES = ("batch", "block", "row")
 REDUCTIONS = ("mean", "sum", "none")
@@ -159,7 +159,7 @@ def sampled_softmax_loss(
     _check_range(items, sampler, scope, low, logq, remove_accidental_hits)
     check_target(_OP, hidden, items, target, rows, ignore_index)
     cumulative = _cumulative(items, sampler, popularity, alpha)
-    options = reference.Options(
+    options = plain.Options(
         num_negatives=num_negatives,
         sampler=SAMPLERS.index(sampler),
         scope=SCOPES.index(scope),
@@ -200,11 +200,11 @@ def _of_managed(
     rows: Tensor | None,
     cumulative: Tensor | None,
     seed: Tensor,
-    options: reference.Options,
+    options: plain.Options,
 ) -> Tensor:
     """With tables of an optimizer of t4r_fast.optim, which gets the rows of their gradients."""
     names = (target, rows, cumulative, seed, options)
-    ids = functools.cache(lambda: reference.read_ids(hidden, items, *names))
+    ids = functools.cache(lambda: plain.read_ids(hidden, items, *names))
     managed = [t is not None and recorder_of(t) is not None for t in (items, bias)]
     items, bias = (recorded(t, ids) if m else t for t, m in zip((items, bias), managed))
     sparse_for = (sparse or managed[0], sparse or managed[1])
@@ -296,13 +296,13 @@ class _SampledSoftmaxLoss(torch.autograd.Function):
         rows: Tensor | None,
         cumulative: Tensor | None,
         seed: Tensor,
-        options: reference.Options,
+        options: plain.Options,
         sparse_for: tuple[bool, bool],  # items, bias
     ) -> Tensor:
         ctx.backend = backend.pick(_OP, hidden)
         ctx.options = options
         ctx.sparse_for = sparse_for
-        functions = backend.ops(ctx.backend, reference)
+        functions = backend.ops(ctx.backend, plain)
         inputs = (hidden, items, target, bias, rows, cumulative, seed)
         with full_precision(ctx.backend, hidden.device):
             loss, lse, unit = functions.sampled_softmax_loss_fwd(
@@ -317,7 +317,7 @@ class _SampledSoftmaxLoss(torch.autograd.Function):
         saved = ctx.saved_tensors
         items, bias = saved[1], saved[3]
         needs = ctx.needs_input_grad[:3]
-        functions = backend.ops(ctx.backend, reference)
+        functions = backend.ops(ctx.backend, plain)
         with full_precision(ctx.backend, dloss.device):
             dhidden, ids, ditems, dbias = functions.sampled_softmax_loss_bwd(
                 dloss, *saved, *ctx.options, any(ctx.sparse_for), needs[0], needs[1] or needs[2]

@@ -19,7 +19,7 @@ from t4r_fast.ops._check import (
     names,
 )
 from t4r_fast.ops._table import eagerly, formed_gradient, may_share_gradient, recorded, recorder_of
-from t4r_fast.reference import sequence_embedding as reference
+from t4r_fast.plain import sequence_embedding as plain
 
 AGGREGATIONS = ("concat", "sum")
 _OP = "sequence_embedding"
@@ -96,9 +96,9 @@ def _look_up(
     tables: list[Tensor | None],
 ) -> Tensor:
     name = backend.pick(_OP, columns[0])
-    if name == "reference":
+    if name == "plain":
         _check_ids(columns, tables)
-        return reference.sequence_embedding(columns, tables, mask, mask_vector, *options)
+        return plain.sequence_embedding(columns, tables, mask, mask_vector, *options)
     return checked(
         name,
         lambda: _check_ids(columns, tables),
@@ -242,7 +242,7 @@ class _SequenceEmbedding(torch.autograd.Function):
         ctx.tables = [t if t is not None and may_share_gradient(t) else None for t in tables]
         ids = [None if table is None else column for column, table in zip(columns, tables)]
         ctx.save_for_backward(mask, *ids)
-        return backend.ops(ctx.backend, reference).sequence_embedding_fwd(
+        return backend.ops(ctx.backend, plain).sequence_embedding_fwd(
             columns,
             tables,
             options.sum,
@@ -264,7 +264,7 @@ class _SequenceEmbedding(torch.autograd.Function):
             1 if ids is None and len(shape) == 2 else shape[-1]
             for ids, shape in zip(columns, ctx.shapes)
         ]
-        ids, gradients, vector = backend.ops(ctx.backend, reference).sequence_embedding_bwd(
+        ids, gradients, vector = backend.ops(ctx.backend, plain).sequence_embedding_bwd(
             dout,
             columns,
             [-1 if c is None else shape[0] for c, shape in zip(columns, ctx.shapes)],

@@ -16,7 +16,7 @@ from t4r_fast.ops._check import (
     full_precision,
 )
 from t4r_fast.ops._table import all_up_to_date
-from t4r_fast.reference import target_rank as reference
+from t4r_fast.plain import target_rank as plain
 
 
 class TargetRank(NamedTuple):
@@ -70,7 +70,7 @@ def target_rank(
                 lambda: check_target_values(
                     "target_rank", hidden, items, target, rows, ignore_index
                 ),
-                backend.ops(name, reference).target_rank_fwd,
+                backend.ops(name, plain).target_rank_fwd,
                 *(hidden, items, target, bias, rows, ignore_index),
             )
         )

@@ -25,8 +25,8 @@ from t4r_fast.ops._table import (
     recorder_of,
     softmax_rows,
 )
-from t4r_fast.reference import tied_softmax_loss as reference
-from t4r_fast.reference._scores import compute_dtype
+from t4r_fast.plain import tied_softmax_loss as plain
+from t4r_fast.plain._scores import compute_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -195,7 +195,7 @@ class _TiedSoftmaxLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.recorder = recorder
         ctx.backend = backend.pick("tied_softmax_loss", hidden)
-        functions = backend.ops(ctx.backend, reference)
+        functions = backend.ops(ctx.backend, plain)
         need_mean = (
             grad
             and ctx.needs_input_grad[0]
@@ -232,7 +232,7 @@ class _TiedSoftmaxLoss(torch.autograd.Function):
             needs[1] = False
             if not any(needs):
                 return (None,) * 9
-        functions = backend.ops(ctx.backend, reference)
+        functions = backend.ops(ctx.backend, plain)
         with full_precision(ctx.backend, hidden.device):
             dhidden, ditems, dbias = functions.tied_softmax_loss_bwd(
                 dloss,

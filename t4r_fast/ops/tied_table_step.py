@@ -18,10 +18,10 @@ from t4r_fast.ops._check import (
     names,
 )
 from t4r_fast.ops._table import SoftmaxRows, table_dtype
-from t4r_fast.reference import tied_table_step as reference
+from t4r_fast.plain import tied_table_step as plain
 
 _OP = "tied_table_step"
-# In the order of the codes in reference/tied_table_step.py
+# In the order of the codes in plain/tied_table_step.py
 KINDS = ("sgd", "adagrad", "adamw", "rowwise_adagrad", "rowwise_adamw")
 Lookup = tuple[Tensor, Tensor]
 
@@ -79,7 +79,7 @@ def tied_table_step(
     first, second = _states(items, state, kind, momentum)
     rule = _rule(kind, step, lr, betas, eps, weight_decay, momentum, scale)
     name = backend.pick(_OP, items)
-    functions = backend.ops(name, reference)
+    functions = backend.ops(name, plain)
     ids, rows = _sorted(items, lookup)
 
     def check() -> None:
@@ -132,7 +132,7 @@ def tied_table_grad_norm(
         return checked(
             name,
             lambda: _check_values(items, softmax, lookup),
-            backend.ops(name, reference).tied_table_step_norm,
+            backend.ops(name, plain).tied_table_step_norm,
             *(items, *_flat(softmax), ids, rows, gradient),
         ).sqrt()
 
@@ -187,7 +187,7 @@ def tied_table_catch_up(
         checked(
             name,
             lambda: _check_ids(items, ids),
-            backend.ops(name, reference).tied_table_step_catch_up,
+            backend.ops(name, plain).tied_table_step_catch_up,
             *(items, first, second, last, ids, base, lrs, log_decay, *rule),
         )
     _changed(items, first, second)
@@ -256,7 +256,7 @@ def _rule(
     weight_decay: float,
     momentum: float,
     scale: float,
-) -> reference.Rule:
+) -> plain.Rule:
     if eps is None:
         eps = 1e-10 if kind.endswith("adagrad") else 1e-8
     for name, value, good, words in (
@@ -272,7 +272,7 @@ def _rule(
     if momentum and kind != "sgd":
         raise ValueError(f"{_OP}: momentum must be 0 for {kind!r}; got {momentum}")
     numbers = (lr, *betas, eps, weight_decay, momentum, scale)
-    return reference.Rule(KINDS.index(kind), int(step), *map(float, numbers))
+    return plain.Rule(KINDS.index(kind), int(step), *map(float, numbers))
 
 
 def _check(

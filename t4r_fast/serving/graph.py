@@ -59,7 +59,7 @@ def export_program(model: Model, length: int | None = None) -> torch.export.Expo
     model.top_k = None
     try:
         # its operators are PyTorch's, so that other runtimes know them
-        with torch.no_grad(), backend.use("reference"):
+        with torch.no_grad(), backend.use("plain"):
             return torch.export.export(
                 scores, columns, dynamic_shapes=(tuple({0: sessions} for _ in columns),)
             )

@@ -18,7 +18,7 @@ from t4r_fast.compat import get_compat, warn_once
 from t4r_fast.ops.mask_causal import mask_causal
 from t4r_fast.ops.mask_mlm import SequenceMask, mask_mlm
 from t4r_fast.ops.mask_permutation import PermutationMask, mask_permutation
-from t4r_fast.reference._sequence_mask import row_list
+from t4r_fast.plain._sequence_mask import row_list
 from t4r_fast.registry import Registry
 
 

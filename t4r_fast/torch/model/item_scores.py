@@ -10,7 +10,7 @@ from torch import nn
 
 from t4r_fast.compat import get_compat
 from t4r_fast.ops._table import up_to_date
-from t4r_fast.reference.sampled_softmax_loss import T4REC_EPSILON, T4REC_HIT
+from t4r_fast.plain.sampled_softmax_loss import T4REC_EPSILON, T4REC_HIT
 from t4r_fast.torch.block.base import Block, BuildableBlock, Size
 from t4r_fast.torch.model.sampler import LogUniformSampler, keep_tables_in_checkpoints
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from t4r_fast.reference._scores import (
+from t4r_fast.plain._scores import (
     chunk_ranges,
     compute_dtype,
     keep_rows,

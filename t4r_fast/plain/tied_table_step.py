@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from t4r_fast.reference._scores import chunk_ranges, compute_dtype, scores
-from t4r_fast.reference.tied_softmax_loss import _logits
+from t4r_fast.plain._scores import chunk_ranges, compute_dtype, scores
+from t4r_fast.plain.tied_softmax_loss import _logits
 
 SGD, ADAGRAD, ADAMW, ROWWISE_ADAGRAD, ROWWISE_ADAMW = range(5)
 # Steps between two looks at whether an untouched row still moves.

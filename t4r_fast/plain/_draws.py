@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from t4r_fast.reference._philox import philox
+from t4r_fast.plain._philox import philox
 
 # Draw kinds: three bits of the counter. 0 and 1 are those of mask_mlm, 4 to 6 mask_permutation's.
 SAMPLE, NEGATIVE = 2, 3

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from t4r_fast.reference._draws import counters
-from t4r_fast.reference._philox import philox
-from t4r_fast.reference._sequence_mask import lengths, row_list
+from t4r_fast.plain._draws import counters
+from t4r_fast.plain._philox import philox
+from t4r_fast.plain._sequence_mask import lengths, row_list
 
 TRAIN, LAST, NEXT = range(3)
 # Draw kinds, part of the counter.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from t4r_fast.reference._scores import (
+from t4r_fast.plain._scores import (
     at_column,
     chunk_ranges,
     compute_dtype,

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from t4r_fast.reference._scores import (
+from t4r_fast.plain._scores import (
     Kept,
     at_column,
     compute_dtype,

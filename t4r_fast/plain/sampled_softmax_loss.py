@@ -10,15 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from t4r_fast.reference import _scores
-from t4r_fast.reference._draws import (
+from t4r_fast.plain import _scores
+from t4r_fast.plain._draws import (
     NEGATIVE,
     log_uniform,
     log_uniform_log_q,
     uniform,
     unit_draws,
 )
-from t4r_fast.reference._scores import Kept, compute_dtype, keep_rows, spread
+from t4r_fast.plain._scores import Kept, compute_dtype, keep_rows, spread
 
 LOG_UNIFORM, UNIFORM, POPULARITY, T4REC = range(4)
 BATCH, BLOCK, ROW = range(3)

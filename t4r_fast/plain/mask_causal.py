@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from t4r_fast.reference._sequence_mask import lengths, row_list, shifted
+from t4r_fast.plain._sequence_mask import lengths, row_list, shifted
 
 TRAIN, LAST, NEXT = range(3)
 

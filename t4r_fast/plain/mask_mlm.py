@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from t4r_fast.reference._philox import philox
-from t4r_fast.reference._sequence_mask import lengths, row_list, shifted
+from t4r_fast.plain._philox import philox
+from t4r_fast.plain._sequence_mask import lengths, row_list, shifted
 
 TRAIN, LAST, SHIFTED, NEXT = range(4)
 # Draw kinds, part of the counter.

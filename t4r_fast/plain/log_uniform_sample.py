@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from t4r_fast.reference._draws import SAMPLE, log_uniform, log_uniform_log_q, unit_draws
+from t4r_fast.plain._draws import SAMPLE, log_uniform, log_uniform_log_q, unit_draws
 
 
 def _draw(seed: Tensor, start: int, count: int, size: int, log_size: float) -> Tensor:
