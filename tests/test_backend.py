@@ -47,9 +47,7 @@ def test_native_kernel_is_picked_per_op():
 @needs_cpu
 def test_forced_backend_without_a_kernel_is_an_error():
     rank = torch.tensor([0, 1])
-    message = (
-        "ranking_metrics: backend 'cpu' is forced, but .* no kernel .* use backend 'plain'"
-    )
+    message = "ranking_metrics: backend 'cpu' is forced, but .* no kernel .* use backend 'plain'"
     with backend.use("cpu"), pytest.raises(RuntimeError, match=message):
         t4r_fast.ranking_metrics(rank, [5])
     code = "import torch, t4r_fast; t4r_fast.mask_mlm(torch.tensor([[3, 4]]))"

@@ -502,9 +502,7 @@ T4REC_CHANCES = [
 
 def test_t4rec_corrects_as_the_reference_does():
     ids = torch.arange(10)
-    options = plain.Options(
-        5, SAMPLERS.index("t4rec"), 0, 1, math.log(10), True, True, 1.0, -100
-    )
+    options = plain.Options(5, SAMPLERS.index("t4rec"), 0, 1, math.log(10), True, True, 1.0, -100)
     chances = torch.tensor(T4REC_CHANCES, dtype=torch.float64) + 1e-16
     torch.testing.assert_close(
         plain._expected(options, ids, 10, None), chances.log(), rtol=1e-6, atol=1e-6
