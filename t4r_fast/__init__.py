@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         sampled_softmax_loss,
     )
     from t4r_fast.ops.sequence_embedding import sequence_embedding
+    from t4r_fast.ops.session_attention import Relative, session_attention
     from t4r_fast.ops.target_rank import target_rank
     from t4r_fast.ops.tied_softmax_loss import tied_softmax_loss
     from t4r_fast.ops.tied_table_step import tied_table_step
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PopularityTable",
+    "Relative",
     "__version__",
     "accelerate",
     "backend",
@@ -48,6 +50,7 @@ __all__ = [
     "restore",
     "sampled_softmax_loss",
     "sequence_embedding",
+    "session_attention",
     "set_compat",
     "target_rank",
     "tied_softmax_loss",
@@ -59,6 +62,7 @@ __all__ = [
 # `t4r-fast --help` and the ETL do without it.
 _MODULES = {
     "PopularityTable": "sampled_softmax_loss",
+    "Relative": "session_attention",
     "log_uniform_log_prob": "log_uniform_sample",
     "popularity_table": "sampled_softmax_loss",
 }

@@ -14,11 +14,13 @@ TRITON = "products of matrices: Triton's, until a GPU shows what that leaves on 
 ROWS_WITHOUT = {
     "csrc/cpu": {
         "ranking_metrics": "a few elementwise operations on (N, len(ks)): nothing to gain",
+        "session_attention": "plain PyTorch until there is a kernel",
     },
     "csrc/cuda": {
         "item_topk": TRITON,
         "ranking_metrics": "a few elementwise operations on (N, len(ks)): nothing to gain",
         "sampled_softmax_loss": TRITON,
+        "session_attention": TRITON,
         "target_rank": TRITON,
         "tied_softmax_loss": TRITON,
         "tied_table_step": TRITON,
@@ -30,6 +32,7 @@ ROWS_WITHOUT = {
         "mask_permutation": CUDA,
         "ranking_metrics": "a few elementwise operations on (N, len(ks)): nothing to gain",
         "sequence_embedding": CUDA,
+        "session_attention": "plain PyTorch until there is a kernel for a GPU",
     },
 }
 SUFFIX = {"csrc/cpu": ".cpp", "csrc/cuda": ".cu", "kernels/triton": ".py"}
