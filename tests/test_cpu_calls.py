@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import test_sampled_softmax_loss as sampled
 import test_sequence_embedding as embedding
+import test_session_attention as attention
 import test_tied_softmax_loss as tied
 import test_tied_table_step as table
 import torch
@@ -110,12 +111,30 @@ def ranked(op):
     return run
 
 
+def session_attention(place, dtype, shape, seed):
+    lengths = [(7 * i + seed) % (shape[0] + 1) for i in range(9)] * (1 + shape[1] // 300)
+    inputs = attention.make_inputs(lengths, 2, shape[2], reach=max(lengths), seed=seed)
+    inputs.update(typed({n: inputs[n] for n in ("q", "k", "v")}, place, dtype))
+    relative = [place(t.to(dtype)) for t in inputs.pop("relative")]
+    leaves = [*(inputs.pop(n).requires_grad_() for n in ("q", "k", "v"))]
+    relative = [t.requires_grad_() for t in relative]
+    out = t4r_fast.session_attention(
+        *leaves,
+        place(inputs["offsets"]),
+        relative=t4r_fast.Relative(*relative),
+        dropout=0.3,
+        seed=place(SEED),
+    )
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), [*leaves, *relative])]
+
+
 CASES = {
     **{op: mask(op) for op in MASKS},
     **{op: ranked(op) for op in ("item_topk", "target_rank")},
     "log_uniform_sample": log_uniform_sample,
     "sampled_softmax_loss": sampled_softmax_loss,
     "sequence_embedding": sequence_embedding,
+    "session_attention": session_attention,
     "tied_softmax_loss": tied_softmax_loss,
     "tied_table_step": tied_table_step,
 }

@@ -14,7 +14,6 @@ TRITON = "products of matrices: Triton's, until a GPU shows what that leaves on 
 ROWS_WITHOUT = {
     "csrc/cpu": {
         "ranking_metrics": "a few elementwise operations on (N, len(ks)): nothing to gain",
-        "session_attention": "plain PyTorch until there is a kernel",
     },
     "csrc/cuda": {
         "item_topk": TRITON,

@@ -483,7 +483,7 @@ def test_opcheck(lane, relative):
     inputs = make_inputs([4, 7], 2, 8, reach=7 if relative else None, spare=1)
     with run_on(lane, OP) as device:
         q, k, v, offsets = (inputs[n].to(device) for n in ("q", "k", "v", "offsets"))
-        extra = [t.to(device) for t in inputs.get("relative", [None] * 3)]
+        extra = [t.to(device) for t in inputs.get("relative", [])] or [None] * 3
         rest = (offsets, None, *extra, True, 0.5, 0.3, SEED.to(device), 2)
         functions = backend.ops(backend.forced(), plain)
         torch.library.opcheck(functions.session_attention_fwd, (q, k, v, *rest))

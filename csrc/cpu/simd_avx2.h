@@ -48,6 +48,11 @@ struct F32 {
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
   }
+  static T largest(V v) {
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+  }
 
   // The sum of each of L vectors, by one tree for all of them.
   static ALWAYS_INLINE V sums(const V* v) {
@@ -117,6 +122,10 @@ struct F64 {
     const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
     return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
   }
+  static T largest(V v) {
+    const __m128d half = _mm_max_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+    return _mm_cvtsd_f64(_mm_max_sd(half, _mm_unpackhi_pd(half, half)));
+  }
 
   static ALWAYS_INLINE V sums(const V* v) {
     const V x = add(_mm256_unpacklo_pd(v[0], v[1]), _mm256_unpackhi_pd(v[0], v[1]));
@@ -135,6 +144,54 @@ struct F64 {
     for (int i = 1; i < E::kTerms; ++i) p = fma(p, r, set1(E::c[i]));
     p = mul(p, _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(shifted), 52)));
     return _mm256_and_pd(p, _mm256_cmp_pd(x, set1(E::least), _CMP_NLT_UQ));
+  }
+};
+
+// Vectors of 32-bit words in the low halves of 64 bits; what the upper halves hold is ignored.
+struct W32 {
+  using V = __m256i;
+  static constexpr int L = 4;
+
+  static V set1(uint32_t x) { return _mm256_set1_epi64x(x); }
+  static V load(const uint64_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static V add(V a, V b) { return _mm256_add_epi64(a, b); }
+  static V product(V a, V b) { return _mm256_mul_epu32(a, b); }  // of 64 bits
+  static V high(V a) { return _mm256_srli_epi64(a, 32); }
+  static V exclusive_or(V a, V b, V c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
+
+  // Four words of each of L counters are 4 L columns. Where lane i holds counter kCounter[i], this
+  // writes `factor` to p for words above `least`, else 0, in the order of columns.
+  static constexpr uint64_t kCounter[L] = {0, 2, 1, 3};
+  static ALWAYS_INLINE void select(const V* w, uint32_t least, F32::V factor, float* p) {
+    V v[2];
+    in_order(w, least, v);
+    for (int i = 0; i < 2; ++i) {
+      _mm256_storeu_ps(p + 8 * i, _mm256_and_ps(_mm256_castsi256_ps(v[i]), factor));
+    }
+  }
+  static ALWAYS_INLINE void select(const V* w, uint32_t least, F64::V factor, double* p) {
+    V v[2];
+    in_order(w, least, v);
+    for (int i = 0; i < 2; ++i) {
+      const V first = _mm256_cvtepi32_epi64(_mm256_castsi256_si128(v[i]));
+      const V last = _mm256_cvtepi32_epi64(_mm256_extracti128_si256(v[i], 1));
+      _mm256_storeu_pd(p + 8 * i, _mm256_and_pd(_mm256_castsi256_pd(first), factor));
+      _mm256_storeu_pd(p + 8 * i + 4, _mm256_and_pd(_mm256_castsi256_pd(last), factor));
+    }
+  }
+
+ private:
+  // All bits set where a word is above `least`.
+  static ALWAYS_INLINE void in_order(const V* w, uint32_t least, V* out) {
+    const V low = _mm256_blend_epi32(w[0], _mm256_slli_epi64(w[1], 32), 0xaa);
+    const V top = _mm256_blend_epi32(w[2], _mm256_slli_epi64(w[3], 32), 0xaa);
+    // signed numbers compare as unsigned ones do once the top bits are turned
+    const V sign = _mm256_set1_epi32(INT32_MIN);
+    const V limit = _mm256_set1_epi32(static_cast<int>(least ^ 0x80000000));
+    out[0] = _mm256_cmpgt_epi32(_mm256_xor_si256(_mm256_unpacklo_epi64(low, top), sign), limit);
+    out[1] = _mm256_cmpgt_epi32(_mm256_xor_si256(_mm256_unpackhi_epi64(low, top), sign), limit);
   }
 };
 

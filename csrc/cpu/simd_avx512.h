@@ -42,6 +42,7 @@ struct F32 {
   static void store_count(int32_t* p, Count c) { _mm512_storeu_si512(p, c); }
 
   static T sum(V v) { return _mm512_reduce_add_ps(v); }
+  static T largest(V v) { return _mm512_reduce_max_ps(v); }
 
   // The sum of each of L vectors, by one tree for all of them.
   static ALWAYS_INLINE V sums(const V* v) {
@@ -109,6 +110,7 @@ struct F64 {
   }
 
   static T sum(V v) { return _mm512_reduce_add_pd(v); }
+  static T largest(V v) { return _mm512_reduce_max_pd(v); }
 
   static ALWAYS_INLINE V sums(const V* v) {
     V two[4];
@@ -135,6 +137,51 @@ struct F64 {
 #pragma GCC unroll 16
     for (int i = 1; i < E::kTerms; ++i) p = fma(p, r, set1(E::c[i]));
     return _mm512_scalef_pd(p, n);
+  }
+};
+
+// Vectors of 32-bit words in the low halves of 64 bits; what the upper halves hold is ignored.
+struct W32 {
+  using V = __m512i;
+  static constexpr int L = 8;
+
+  static V set1(uint32_t x) { return _mm512_set1_epi64(x); }
+  static V load(const uint64_t* p) { return _mm512_loadu_si512(p); }
+  static V add(V a, V b) { return _mm512_add_epi64(a, b); }
+  static V product(V a, V b) { return _mm512_mul_epu32(a, b); }  // of 64 bits
+  static V high(V a) { return _mm512_srli_epi64(a, 32); }
+  static V exclusive_or(V a, V b, V c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
+
+  // Four words of each of L counters are 4 L columns. Where lane i holds counter kCounter[i], this
+  // writes `factor` to p for words above `least`, else 0, in the order of columns.
+  static constexpr uint64_t kCounter[L] = {0, 4, 1, 5, 2, 6, 3, 7};
+  static ALWAYS_INLINE void select(const V* w, uint32_t least, F32::V factor, float* p) {
+    V v[2];
+    in_order(w, v);
+    const V limit = _mm512_set1_epi32(static_cast<int>(least));
+    for (int i = 0; i < 2; ++i) {
+      _mm512_storeu_ps(p + 16 * i,
+                       _mm512_maskz_mov_ps(_mm512_cmpgt_epu32_mask(v[i], limit), factor));
+    }
+  }
+  static ALWAYS_INLINE void select(const V* w, uint32_t least, F64::V factor, double* p) {
+    V v[2];
+    in_order(w, v);
+    const V limit = _mm512_set1_epi32(static_cast<int>(least));
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t kept = _mm512_cmpgt_epu32_mask(v[i], limit);
+      _mm512_storeu_pd(p + 16 * i, _mm512_maskz_mov_pd(static_cast<__mmask8>(kept), factor));
+      _mm512_storeu_pd(p + 16 * i + 8,
+                       _mm512_maskz_mov_pd(static_cast<__mmask8>(kept >> 8), factor));
+    }
+  }
+
+ private:
+  static ALWAYS_INLINE void in_order(const V* w, V* out) {
+    const V low = _mm512_mask_blend_epi32(0xaaaa, w[0], _mm512_slli_epi64(w[1], 32));
+    const V top = _mm512_mask_blend_epi32(0xaaaa, w[2], _mm512_slli_epi64(w[3], 32));
+    out[0] = _mm512_unpacklo_epi64(low, top);
+    out[1] = _mm512_unpackhi_epi64(low, top);
   }
 };
 

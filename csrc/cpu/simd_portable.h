@@ -63,6 +63,11 @@ struct PortableSimd {
     for (int i = 1; i < L; ++i) total += v[i];
     return total;
   }
+  static T largest(V v) {
+    T found = v[0];
+    for (int i = 1; i < L; ++i) found = v[i] > found ? v[i] : found;
+    return found;
+  }
 
   // The sum of each of L vectors.
   static V sums(const V* v) {
@@ -85,5 +90,32 @@ struct PortableSimd {
 
 using F32 = PortableSimd<float, int32_t, 23>;
 using F64 = PortableSimd<double, int64_t, 52>;
+
+// Vectors of 32-bit words in the low halves of 64 bits; what the upper halves hold is ignored.
+struct W32 {
+  typedef uint64_t V __attribute__((vector_size(16)));
+  static constexpr int L = 2;
+
+  static V set1(uint32_t x) { return x - V{}; }
+  static V load(const uint64_t* p) {
+    V v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static V add(V a, V b) { return a + b; }
+  static V product(V a, V b) { return (a & 0xffffffff) * (b & 0xffffffff); }  // of 64 bits
+  static V high(V a) { return a >> 32; }
+  static V exclusive_or(V a, V b, V c) { return a ^ b ^ c; }
+
+  // Four words of each of L counters are 4 L columns. Where lane i holds counter kCounter[i], this
+  // writes `factor` to p for words above `least`, else 0, in the order of columns.
+  static constexpr uint64_t kCounter[L] = {0, 1};
+  template <typename Factor, typename T>
+  static void select(const V* w, uint32_t least, Factor factor, T* p) {
+    for (int i = 0; i < 4 * L; ++i) {
+      p[i] = static_cast<uint32_t>(w[i % 4][i / 4]) > least ? factor[0] : T(0);
+    }
+  }
+};
 
 }  // namespace
