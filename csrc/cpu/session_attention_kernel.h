@@ -65,12 +65,34 @@ ALWAYS_INLINE void store_row(const T* from, int64_t width, Dtype dtype, int64_t 
   }
 }
 
+inline int64_t size_of(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
+
 inline void zero_row(int64_t width, Dtype dtype, int64_t offset, void* out) {
-  const int64_t size = dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+  const int64_t size = size_of(dtype);
   __builtin_memset(static_cast<char*>(out) + offset * size, 0, static_cast<size_t>(width * size));
 }
 
 // Rows [first, first + count) of a head: in place if they are whole vectors, or copied to `copy`.
+// Rows are vectors of their own type: nothing is copied in or out.
+template <class X>
+ALWAYS_INLINE bool in_place(const Attention& a) {
+  return a.width == a.padded && a.q.rows.dtype == kDtypeOf<typename X::T>;
+}
+
+// The entries of q of a block lie one behind the other.
+inline bool side_by_side(const int64_t* query, int64_t count) {
+  return query[count - 1] - query[0] == count - 1;  // those of a session ascend
+}
+
+inline void prefetch(const Heads& from, int64_t head, int64_t row, int64_t width) {
+  const int64_t size = size_of(from.rows.dtype);
+  const char* const data =
+      static_cast<const char*>(from.rows.data) + (row * from.rows.stride + head * from.head) * size;
+  for (int64_t at = 0; at < width * size; at += 64) __builtin_prefetch(data + at);
+}
+
 template <class X>
 Rows<typename X::T> rows_of(const Heads& from, int64_t head, int64_t first, int64_t count,
                             int64_t width, int64_t padded, typename X::T* copy) {
@@ -248,15 +270,17 @@ void product(const Product<typename X::T>& p, int64_t rows, int64_t padded) {
 // an item that it does not see: 0 * nan is nan.
 template <class X>
 void weighted_rows(const typename X::T* factors, int64_t stride, Rows<typename X::T> x,
-                   const int64_t* sizes, int64_t count, int64_t padded, typename X::T* out) {
+                   const int64_t* sizes, int64_t count, int64_t padded, typename X::T* out,
+                   int64_t out_stride) {
   using T = typename X::T;
   for (int64_t i = 0; i < count; i += 4) {
     const int64_t rows = count - i < 4 ? count - i : 4;
     int64_t common = sizes[i];
     for (int64_t r = 1; r < rows; ++r) common = sizes[i + r] < common ? sizes[i + r] : common;
     const T* const f = factors + i * stride;
-    T* const to = out + i * padded;
-    product<X, true>({f, stride, 1, {x.data}, x.stride, common, to, padded, false}, rows, padded);
+    T* const to = out + i * out_stride;
+    product<X, true>({f, stride, 1, {x.data}, x.stride, common, to, out_stride, false}, rows,
+                     padded);
     for (int64_t r = 0; r < rows; ++r) {
       if (sizes[i + r] == common) continue;
       product<X, true>({f + r * stride + common,
@@ -265,8 +289,8 @@ void weighted_rows(const typename X::T* factors, int64_t stride, Rows<typename X
                         {x[common]},
                         x.stride,
                         sizes[i + r] - common,
-                        to + r * padded,
-                        padded,
+                        to + r * out_stride,
+                        out_stride,
                         true},
                        1, padded);
     }
@@ -294,10 +318,11 @@ void weighted_shifted_rows(const typename X::T* factors, int64_t stride, Rows<ty
 // queries.
 template <class X>
 void add_transposed(const typename X::T* factors, int64_t stride, Rows<typename X::T> x,
-                    int64_t count, int64_t size, int64_t padded, bool add, typename X::T* out) {
+                    int64_t count, int64_t size, int64_t padded, bool add, typename X::T* out,
+                    int64_t out_stride) {
   for (int64_t j = 0; j < size; j += 4) {
     product<X, true>(
-        {factors + j, 1, stride, {x.data}, x.stride, count, out + j * padded, padded, add},
+        {factors + j, 1, stride, {x.data}, x.stride, count, out + j * out_stride, out_stride, add},
         size - j < 4 ? size - j : 4, padded);
   }
 }
@@ -401,10 +426,12 @@ struct Block {
       sizes[i] = a.causal ? place + 1 : items;
       shift[i] = a.longest - 1 - place;
       T* const row = by_items + i * a.padded;
-      load_row(a.q.rows, a.query[first + i] * a.q.rows.stride + head * a.q.head, a.width, a.padded,
-               row);
+      const int64_t at = a.query[first + i] * a.q.rows.stride + head * a.q.head;
+      const bool direct = in_place<X>(a);
+      if (!direct) load_row(a.q.rows, at, a.width, a.padded, row);
+      const T* const from = direct ? static_cast<const T*>(a.q.rows.data) + at : row;
       for (int64_t d = 0; d < a.padded; d += X::L) {
-        const V q = X::load(row + d);
+        const V q = X::load(from + d);
         if (key_bias == nullptr) {
           X::store(row + d, X::mul(q, scale));
         } else {
@@ -494,6 +521,22 @@ struct Head {
   }
 };
 
+// The rows of a session and of its first queries, on their way while the one before is computed:
+// three lines here and three there, which no hardware foresees.
+inline void prefetch_session(const Attention& a, int64_t b, int64_t head, const Heads* dout) {
+  const int64_t start = a.offsets[b], size = a.offsets[b + 1] - start;
+  const int64_t first = a.first[b], queries = a.first[b + 1] - first;
+  if (queries == 0) return;
+  for (int64_t j = 0; j < (size < kQueries ? size : kQueries); ++j) {
+    prefetch(a.k, head, start + j, a.width);
+    prefetch(a.v, head, start + j, a.width);
+  }
+  for (int64_t i = 0; i < (queries < kQueries ? queries : kQueries); ++i) {
+    prefetch(a.q, head, a.query[first + i], a.width);
+    if (dout != nullptr) prefetch(*dout, head, a.query[first + i], a.width);
+  }
+}
+
 template <class X>
 void attention_forward(const Attention& a, int64_t b, int64_t stop, int64_t head,
                        const AttentionOutputs<typename X::T>& to, char* scratch) {
@@ -507,6 +550,7 @@ void attention_forward(const Attention& a, int64_t b, int64_t stop, int64_t head
   const SquareDraws draws(a.dropout);
   for (; b < stop; ++b) {
     const int64_t start = a.offsets[b], size = a.offsets[b + 1] - start;
+    if (b + 1 < stop) prefetch_session(a, b + 1, head, nullptr);
     if (a.first[b] == a.first[b + 1]) continue;
     const Rows<T> k = rows_of<X>(a.k, head, start, size, a.width, a.padded, k_copy);
     const Rows<T> v = rows_of<X>(a.v, head, start, size, a.width, a.padded, v_copy);
@@ -515,15 +559,20 @@ void attention_forward(const Attention& a, int64_t b, int64_t stop, int64_t head
       block.load(a, head, first, left < kQueries ? left : kQueries, size, shared.key_bias,
                  shared.position_bias);
       block.score(a, k, shared.keys);
+      const int64_t* const query = a.query + first;
       for (int64_t i = 0; i < block.count; ++i) {
-        to.lse[a.query[first + i] * a.heads + head] = block.softmax_row(i, nullptr);
+        to.lse[query[i] * a.heads + head] = block.softmax_row(i, nullptr);
       }
       if (a.dropout.draws) {
         block.draw(a, draws, b, head, first);
         block.apply_factors(block.weights);
       }
-      weighted_rows<X>(block.weights, block.stride, v, block.sizes, block.count, a.padded, out);
-      for (int64_t i = 0; i < block.count; ++i) {
+      const bool direct = in_place<X>(a) && side_by_side(query, block.count);
+      weighted_rows<X>(
+          block.weights, block.stride, v, block.sizes, block.count, a.padded,
+          direct ? static_cast<T*>(to.out) + (query[0] * a.heads + head) * a.width : out,
+          direct ? a.heads * a.width : a.padded);
+      for (int64_t i = 0; i < block.count && !direct; ++i) {
         store_row(out + i * a.padded, a.width, a.q.rows.dtype,
                   (a.query[first + i] * a.heads + head) * a.width, to.out);
       }
@@ -564,8 +613,8 @@ void attention_backward(const Attention& a, int64_t b, int64_t stop, int64_t hea
   const Head<X> shared(a, head, arena);
   T* const k_copy = arena.take<T>(a.longest * a.padded);
   T* const v_copy = arena.take<T>(a.longest * a.padded);
-  T* const dk = arena.take<T>(a.longest * a.padded);
-  T* const dv = arena.take<T>(a.longest * a.padded);
+  T* const dk_copy = arena.take<T>(a.longest * a.padded);
+  T* const dv_copy = arena.take<T>(a.longest * a.padded);
   T* const dout = arena.take<T>(kQueries * a.padded);
   T* const of_items = arena.take<T>(kQueries * a.padded);
   T* const of_places = arena.take<T>(kQueries * a.padded);
@@ -577,8 +626,11 @@ void attention_backward(const Attention& a, int64_t b, int64_t stop, int64_t hea
   T* const dposition_bias = dkey_bias + a.padded;
   const Dtype dtype = a.q.rows.dtype;
   const V scale = X::set1(static_cast<T>(a.scale));
+  const bool direct = in_place<X>(a);
+  const int64_t row_stride = a.heads * a.width, out_stride = direct ? row_stride : a.padded;
   for (; b < stop; ++b) {
     const int64_t start = a.offsets[b], size = a.offsets[b + 1] - start;
+    if (b + 1 < stop) prefetch_session(a, b + 1, head, &g.dout);
     if (a.first[b] == a.first[b + 1]) {
       for (int64_t j = start; j < start + size; ++j) {
         zero_row(a.width, dtype, (j * a.heads + head) * a.width, g.dk);
@@ -588,19 +640,28 @@ void attention_backward(const Attention& a, int64_t b, int64_t stop, int64_t hea
     }
     const Rows<T> k = rows_of<X>(a.k, head, start, size, a.width, a.padded, k_copy);
     const Rows<T> v = rows_of<X>(a.v, head, start, size, a.width, a.padded, v_copy);
+    const int64_t at = start * row_stride + head * a.width;
+    T* const dk = direct ? static_cast<T*>(g.dk) + at : dk_copy;
+    T* const dv = direct ? static_cast<T*>(g.dv) + at : dv_copy;
     for (int64_t first = a.first[b]; first < a.first[b + 1]; first += kQueries) {
       const int64_t left = a.first[b + 1] - first;
       const bool later = first > a.first[b];
+      const int64_t* const query = a.query + first;
       block.load(a, head, first, left < kQueries ? left : kQueries, size, shared.key_bias,
                  shared.position_bias);
       block.score(a, k, shared.keys);
       for (int64_t i = 0; i < block.count; ++i) {
-        const int64_t query = a.query[first + i];
-        block.softmax_row(i, g.lse + query * a.heads + head);
-        load_row(g.dout.rows, query * g.dout.rows.stride + head * g.dout.head, a.width, a.padded,
-                 dout + i * a.padded);
+        block.softmax_row(i, g.lse + query[i] * a.heads + head);
       }
-      const Rows<T> given{dout, a.padded};
+      Rows<T> given{dout, a.padded};
+      if (side_by_side(query, block.count)) {
+        given = rows_of<X>(g.dout, head, query[0], block.count, a.width, a.padded, dout);
+      } else {
+        for (int64_t i = 0; i < block.count; ++i) {
+          load_row(g.dout.rows, query[i] * g.dout.rows.stride + head * g.dout.head, a.width,
+                   a.padded, dout + i * a.padded);
+        }
+      }
       dots<X, false>(given, given, v, v, block.shift, block.sizes, block.count, a.padded,
                      block.stride, dp);
       if (a.dropout.draws) {
@@ -610,9 +671,10 @@ void attention_backward(const Attention& a, int64_t b, int64_t stop, int64_t hea
       score_gradients(block, dp);
       if (a.dropout.draws) block.apply_factors(block.weights);
       const int64_t stride = block.stride, count = block.count;
-      add_transposed<X>(block.weights, stride, given, count, size, a.padded, later, dv);
-      add_transposed<X>(dp, stride, {block.by_items, a.padded}, count, size, a.padded, later, dk);
-      weighted_rows<X>(dp, stride, k, block.sizes, count, a.padded, of_items);
+      add_transposed<X>(block.weights, stride, given, count, size, a.padded, later, dv, out_stride);
+      add_transposed<X>(dp, stride, {block.by_items, a.padded}, count, size, a.padded, later, dk,
+                        out_stride);
+      weighted_rows<X>(dp, stride, k, block.sizes, count, a.padded, of_items, a.padded);
       if (relative) {
         weighted_shifted_rows<X>(dp, stride, shared.keys, block.shift, block.sizes, count, a.padded,
                                  of_places);
@@ -630,22 +692,23 @@ void attention_backward(const Attention& a, int64_t b, int64_t stop, int64_t hea
             places = X::add(places, of_place);
             sum = X::add(sum, of_place);
           }
-          X::store(row, sum);
+          X::store(
+              direct ? static_cast<T*>(g.dq) + query[i] * row_stride + head * a.width + d : row,
+              sum);
         }
         if (relative) {
           X::store(dkey_bias + d, X::add(X::load(dkey_bias + d), items));
           X::store(dposition_bias + d, X::add(X::load(dposition_bias + d), places));
         }
       }
-      for (int64_t i = 0; i < count; ++i) {
-        store_row(of_items + i * a.padded, a.width, dtype,
-                  (a.query[first + i] * a.heads + head) * a.width, g.dq);
+      for (int64_t i = 0; i < count && !direct; ++i) {
+        store_row(of_items + i * a.padded, a.width, dtype, query[i] * row_stride + head * a.width,
+                  g.dq);
       }
     }
-    for (int64_t j = 0; j < size; ++j) {
-      const int64_t offset = ((start + j) * a.heads + head) * a.width;
-      store_row(dk + j * a.padded, a.width, dtype, offset, g.dk);
-      store_row(dv + j * a.padded, a.width, dtype, offset, g.dv);
+    for (int64_t j = 0; j < size && !direct; ++j) {
+      store_row(dk + j * a.padded, a.width, dtype, at + j * row_stride, g.dk);
+      store_row(dv + j * a.padded, a.width, dtype, at + j * row_stride, g.dv);
     }
   }
 }
