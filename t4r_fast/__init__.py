@@ -14,12 +14,14 @@ from t4r_fast.version import __version__
 
 if TYPE_CHECKING:
     from t4r_fast import backend
+    from t4r_fast.ops.activation_dropout import activation_dropout
     from t4r_fast.ops.item_topk import item_topk
     from t4r_fast.ops.log_uniform_sample import log_uniform_log_prob, log_uniform_sample
     from t4r_fast.ops.mask_causal import mask_causal
     from t4r_fast.ops.mask_mlm import mask_mlm
     from t4r_fast.ops.mask_permutation import mask_permutation
     from t4r_fast.ops.ranking_metrics import ranking_metrics
+    from t4r_fast.ops.residual_norm import residual_norm
     from t4r_fast.ops.sampled_softmax_loss import (
         PopularityTable,
         popularity_table,
@@ -37,6 +39,7 @@ __all__ = [
     "Relative",
     "__version__",
     "accelerate",
+    "activation_dropout",
     "backend",
     "get_compat",
     "item_topk",
@@ -47,6 +50,7 @@ __all__ = [
     "mask_permutation",
     "popularity_table",
     "ranking_metrics",
+    "residual_norm",
     "restore",
     "sampled_softmax_loss",
     "sequence_embedding",

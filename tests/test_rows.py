@@ -11,13 +11,16 @@ import t4r_fast
 
 CUDA = "no products of matrices: CUDA C++ has it"
 TRITON = "products of matrices: Triton's, until a GPU shows what that leaves on the table"
+ROW_WISE = "rows by themselves: Triton writes them as well as CUDA C++ would"
 ROWS_WITHOUT = {
     "csrc/cpu": {
         "ranking_metrics": "a few elementwise operations on (N, len(ks)): nothing to gain",
     },
     "csrc/cuda": {
+        "activation_dropout": ROW_WISE,
         "item_topk": TRITON,
         "ranking_metrics": "a few elementwise operations on (N, len(ks)): nothing to gain",
+        "residual_norm": ROW_WISE,
         "sampled_softmax_loss": TRITON,
         "session_attention": TRITON,
         "target_rank": TRITON,

@@ -55,7 +55,7 @@ struct Draws {
     }
   }
 
- protected:
+ private:
   static constexpr int kRounds = 10;
   static constexpr uint32_t kFirst = 0xD2511F53, kSecond = 0xCD9E8D57;
 
