@@ -28,6 +28,22 @@ def naive(x, places, bias=None, activation="gelu", dropout=0.0, seed=None, site=
     return y * factor(places, x, dropout, seed, site)
 
 
+def gelu_truth(x):
+    """gelu and its derivative without the cancellation of 1 + erf(x) in the lower tail."""
+    share = torch.erfc(x * -(0.5**0.5)) / 2
+    return x * share, share + x * torch.exp(-x * x / 2) / math.tau**0.5
+
+
+def gelu_tanh_truth(x):
+    factor = 2 * (2 / math.pi) ** 0.5
+    v = factor * (x + 0.044715 * x**3)
+    share, slope = torch.sigmoid(v), torch.sigmoid(v) * torch.sigmoid(-v)
+    return x * share, share + x * slope * factor * (1 + 3 * 0.044715 * x * x)
+
+
+TRUTH = {"gelu": gelu_truth, "gelu_tanh": gelu_tanh_truth}
+
+
 def make_inputs(rows, width, bias=True, none=(), scale=2.0):
     g = torch.Generator().manual_seed(rows * 1009 + width)
     inputs = {
@@ -70,7 +86,10 @@ def test_edges_of_vectors_and_blocks(lane, rows, width):
     inputs = make_inputs(rows, width, bias=width % 2 == 0)
     names = tuple(name for name in ("x", "bias") if name in inputs)
     for dropout in (0.0, 0.5) if rows < 64 else (0.5,):
-        check(lane, activation_dropout, naive, inputs, {"dropout": dropout}, torch.float64, names)
+        options = {"dropout": dropout}
+        # PyTorch's lower tail loses its digits to 1 + erf(x)
+        slack = 1e-14
+        check(lane, activation_dropout, naive, inputs, options, torch.float64, names, slack)
 
 
 @pytest.mark.parametrize("lane", LANES)
@@ -82,13 +101,11 @@ def test_all_sizes_of_arguments(lane, activation, dtype):
     x = torch.cat([x, -x, torch.tensor([0.0, -0.0])]).to(dtype)
     inputs = {"x": x[None], "places": torch.zeros(1, dtype=torch.int64)}
     y, dx = run(lane, inputs, torch.ones(1, len(x)), activation=activation)
-    wide = x.double()[None]
-    approximate = "tanh" if activation == "gelu_tanh" else "none"
-    slope = torch.ops.aten.gelu_backward(torch.ones_like(wide), wide, approximate=approximate)
-    most = 10 if lane.startswith("plain") else 4  # PyTorch's own go up to 8.6
-    for found, truth in ((y, ACTIVATIONS[activation](wide)), (dx, slope)):
-        bound = most * torch.finfo(dtype).eps * truth.abs().clamp(min=1)
-        assert ((found.double() - truth).abs() <= bound).all()
+    truth = TRUTH[activation](x.double()[None])
+    most = 50 if lane.startswith("plain") else 4  # PyTorch's own go up to 9, 30 in float64
+    for found, exact in zip((y, dx), truth, strict=True):
+        bound = most * torch.finfo(dtype).eps * exact.abs().clamp(min=1)
+        assert ((found.double() - exact).abs() <= bound).all()
     inputs["x"] = x[None].clone()
     inputs["x"][0, 7::50] = math.nan
     found = run(lane, inputs, torch.ones(1, len(x)), activation=activation)

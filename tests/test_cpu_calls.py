@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_activation_dropout as activation
+import test_residual_norm as norm
 import test_sampled_softmax_loss as sampled
 import test_sequence_embedding as embedding
 import test_session_attention as attention
@@ -98,6 +100,20 @@ def tied_table_step(place, dtype, shape, seed):
     return results
 
 
+def row_wise(op, cases, leaves):
+    """With rows and columns of a shape; the last number of `shape` is not used."""
+
+    def run(place, dtype, shape, seed):
+        rows, width, _ = shape
+        inputs = typed(cases.make_inputs(rows + seed, width, none=(1,)), place, dtype)
+        found = [inputs[k].requires_grad_() for k in leaves]
+        y = getattr(t4r_fast, op)(**inputs, dropout=0.3, site=seed)
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        return [y.detach(), *torch.autograd.grad(y, found, place(dy))]
+
+    return run
+
+
 def ranked(op):
     def run(place, dtype, shape, seed):
         n, v, d = shape
@@ -129,9 +145,11 @@ def session_attention(place, dtype, shape, seed):
 
 
 CASES = {
+    "activation_dropout": row_wise("activation_dropout", activation, ("x", "bias")),
     **{op: mask(op) for op in MASKS},
     **{op: ranked(op) for op in ("item_topk", "target_rank")},
     "log_uniform_sample": log_uniform_sample,
+    "residual_norm": row_wise("residual_norm", norm, norm.LEAVES),
     "sampled_softmax_loss": sampled_softmax_loss,
     "sequence_embedding": sequence_embedding,
     "session_attention": session_attention,
