@@ -128,7 +128,9 @@ def test_draws_are_those_of_the_counter(lane, dtype, columns, seed):
         )
         stays = kept(places, columns, dropout, seed.tolist(), site) & (places[:, None] >= 0)
         value = torch.tensor(1 / (1 - dropout), dtype=dtype)
-        assert torch.equal(y, torch.where(stays, value, 0))
+        assert torch.equal(y != 0, stays)
+        # Triton's interpreter rounds bfloat16 toward 0
+        torch.testing.assert_close(y, torch.where(stays, value, 0))
         assert torch.equal(dx, y)
 
 

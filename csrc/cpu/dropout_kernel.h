@@ -45,12 +45,26 @@ struct Draws {
     const W32::V head = W32::set1(row.head);
     const typename X::V factor = X::set1(static_cast<typename X::T>(scale));
     const uint32_t block = static_cast<uint32_t>(first / 4);
-    for (int64_t k = 0; k < columns; k += kDrawn) {
+    const auto start = [&](int64_t k, W32::V* w) {
       const W32::V number = W32::add(counter, W32::set1(block + static_cast<uint32_t>(k / 4)));
-      const W32::V of_block = W32::product(number, W32::set1(kFirst));
-      const W32::V c2 = W32::exclusive_or(W32::high(of_block), head, keys[0][1]);
-      W32::V w[4] = {c0, c1, c2, of_block};
-      rounds(w);
+      w[3] = W32::product(number, W32::set1(kFirst));
+      w[0] = c0;
+      w[1] = c1;
+      w[2] = W32::exclusive_or(W32::high(w[3]), head, keys[0][1]);
+    };
+    int64_t k = 0;
+    for (; k + kDrawn < columns; k += 2 * kDrawn) {
+      W32::V w[8];
+      start(k, w);
+      start(k + kDrawn, w + 4);
+      rounds<2>(w);
+      W32::select(w, least, factor, out + k);
+      W32::select(w + 4, least, factor, out + k + kDrawn);
+    }
+    if (k < columns) {
+      W32::V w[4];
+      start(k, w);
+      rounds<1>(w);
       W32::select(w, least, factor, out + k);
     }
   }
@@ -59,16 +73,22 @@ struct Draws {
   static constexpr int kRounds = 10;
   static constexpr uint32_t kFirst = 0xD2511F53, kSecond = 0xCD9E8D57;
 
-  // All rounds but the first.
+  // All rounds but the first, of two sets of counters side by side: one after the other waits for
+  // its products, and there is room for little more than one in the schedulers.
+  template <int kSets>
   ALWAYS_INLINE void rounds(W32::V* w) const {
 #pragma GCC unroll 9
     for (int round = 1; round < kRounds; ++round) {
-      const W32::V first = W32::product(w[0], W32::set1(kFirst));
-      const W32::V second = W32::product(w[2], W32::set1(kSecond));
-      w[0] = W32::exclusive_or(W32::high(second), w[1], keys[round][0]);
-      w[2] = W32::exclusive_or(W32::high(first), w[3], keys[round][1]);
-      w[1] = second;
-      w[3] = first;
+#pragma GCC unroll 2
+      for (int set = 0; set < kSets; ++set) {
+        W32::V* const v = w + 4 * set;
+        const W32::V first = W32::product(v[0], W32::set1(kFirst));
+        const W32::V second = W32::product(v[2], W32::set1(kSecond));
+        v[0] = W32::exclusive_or(W32::high(second), v[1], keys[round][0]);
+        v[2] = W32::exclusive_or(W32::high(first), v[3], keys[round][1]);
+        v[1] = second;
+        v[3] = first;
+      }
     }
   }
 

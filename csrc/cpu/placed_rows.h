@@ -8,7 +8,7 @@
 namespace t4r_fast {
 
 // Sums over rows are made of those of blocks of so many rows, whatever the number of threads.
-constexpr int64_t kSummedRows = 32;
+constexpr int64_t kSummedRows = 64;
 
 // A negative place is that of a row that stands for none; else it is session << 32 | position.
 struct Places {
