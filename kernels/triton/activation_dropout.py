@@ -13,22 +13,21 @@ from t4r_fast.kernels._draws import float64_of
 from t4r_fast.kernels._dropout import dropout_arguments, site_key, stays
 from t4r_fast.kernels._placed_rows import (
     SUMMED_ROWS,
-    blocks,
-    inside,
+    block_mask,
     load_columns,
     load_places,
-    outputs,
     sum_of_blocks,
     unit_rows,
 )
-from t4r_fast.kernels._tuning import SUMS, Variant, launch, sum_type
+from t4r_fast.kernels._tuning import SUMS, Variant, config, launch, sum_type
 from torch import Tensor
 
 import triton
 import triton.language as tl
 from t4r_fast.plain.activation_dropout import ACTIVATIONS
 
-_MOST_COLUMNS = 512
+# One for all widths, of which multiples of 64 are the rule: 8 numbers of a thread.
+_BLOCKS = config(4, 1, BLOCK_R=SUMMED_ROWS, BLOCK_W=64)
 _NONE, _GELU, _GELU_TANH, _RELU = (tl.constexpr(number) for number in range(len(ACTIVATIONS)))
 _ROOT_HALF = tl.constexpr(0.7071067811865476)
 _ROOT_TAU = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
@@ -60,13 +59,13 @@ def _activation_dropout_fwd_kernel(
     seed_ptr,
     y_ptr,
     R,
+    W,
     site: tl.int64,
     least: tl.int64,
     scale: tl.int64,
     stride_x,
     stride_places,
     stride_bias,
-    W: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DRAWS: tl.constexpr,
@@ -78,10 +77,10 @@ def _activation_dropout_fwd_kernel(
     first = tl.program_id(1) * BLOCK_W
     column = first + tl.arange(0, BLOCK_W)
     place = load_places(places_ptr, row, R, stride_places)
-    mask = inside(place >= 0, column, W, BLOCK_W)
+    mask = block_mask(place >= 0, column, W)
     x = tl.load(x_ptr + row[:, None] * stride_x + column[None, :], mask=mask, other=0.0).to(SUM)
     if HAS_BIAS:
-        x += load_columns(bias_ptr, column, stride_bias, W, BLOCK_W, SUM)
+        x += load_columns(bias_ptr, column, stride_bias, W, SUM)
     y = x
     if ACTIVATION == _RELU:
         y = tl.where(x <= 0, 0.0, x)
@@ -93,7 +92,7 @@ def _activation_dropout_fwd_kernel(
         y = y * tl.where(kept, float64_of(scale).to(SUM), 0.0)
     y = tl.where(mask, y, 0.0)
     to = y_ptr + row[:, None] * W + column[None, :]
-    tl.store(to, y.to(y_ptr.dtype.element_ty), mask=outputs(row, R, column, W, BLOCK_W))
+    tl.store(to, y.to(y_ptr.dtype.element_ty), mask=block_mask(row < R, column, W))
 
 
 @triton.jit
@@ -106,6 +105,7 @@ def _activation_dropout_bwd_kernel(
     dx_ptr,
     sums_ptr,
     R,
+    W,
     site: tl.int64,
     least: tl.int64,
     scale: tl.int64,
@@ -113,7 +113,6 @@ def _activation_dropout_bwd_kernel(
     stride_x,
     stride_places,
     stride_bias,
-    W: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DRAWS: tl.constexpr,
@@ -128,14 +127,14 @@ def _activation_dropout_bwd_kernel(
     column = first + tl.arange(0, BLOCK_W)
     total = tl.zeros((BLOCK_R, BLOCK_W), SUM)
     if HAS_BIAS:
-        bias = load_columns(bias_ptr, column, stride_bias, W, BLOCK_W, SUM)
+        bias = load_columns(bias_ptr, column, stride_bias, W, SUM)
     if DRAWS:
         key = site_key(seed_ptr, site)
         factor = float64_of(scale).to(SUM)
     for start in range(0, ROWS, BLOCK_R):
         row = block * ROWS + start + tl.arange(0, BLOCK_R)
         place = load_places(places_ptr, row, R, stride_places)
-        mask = inside(place >= 0, column, W, BLOCK_W)
+        mask = block_mask(place >= 0, column, W)
         x = tl.load(x_ptr + row[:, None] * stride_x + column[None, :], mask=mask, other=0.0).to(SUM)
         if HAS_BIAS:
             x += bias
@@ -151,7 +150,7 @@ def _activation_dropout_bwd_kernel(
             d = d * (share + x * slope)
         d = tl.where(mask, d, 0.0)
         to = dx_ptr + row[:, None] * W + column[None, :]
-        tl.store(to, d.to(dx_ptr.dtype.element_ty), mask=outputs(row, R, column, W, BLOCK_W))
+        tl.store(to, d.to(dx_ptr.dtype.element_ty), mask=block_mask(row < R, column, W))
         total += d
     if HAS_SUMS:
         tl.store(sums_ptr + block * W + column, tl.sum(total, 0), mask=column < W)
@@ -170,11 +169,10 @@ def activation_dropout_fwd(
     x = unit_rows(x)
     rows, width = x.shape
     y = x.new_empty((rows, width))
-    chosen = blocks(width, _MOST_COLUMNS)
     launch(
         _activation_dropout_fwd_kernel,
-        (triton.cdiv(rows, chosen["BLOCK_R"]), triton.cdiv(width, chosen["BLOCK_W"])),
-        chosen,
+        (triton.cdiv(rows, _BLOCKS["BLOCK_R"]), triton.cdiv(width, _BLOCKS["BLOCK_W"])),
+        _BLOCKS,
         x_ptr=x,
         places_ptr=places,
         bias_ptr=bias,
@@ -209,11 +207,10 @@ def activation_dropout_bwd(
     dx = x.new_empty((rows, width))
     programs = triton.cdiv(rows, SUMMED_ROWS)
     sums = x.new_empty((programs if needs_bias else 0, width), dtype=SUMS[x.dtype])
-    chosen = blocks(width, _MOST_COLUMNS)
     launch(
         _activation_dropout_bwd_kernel,
-        (programs, triton.cdiv(width, chosen["BLOCK_W"])),
-        chosen,
+        (programs, triton.cdiv(width, _BLOCKS["BLOCK_W"])),
+        _BLOCKS,
         dy_ptr=dy,
         x_ptr=x,
         places_ptr=places,
@@ -249,9 +246,12 @@ def _case(dtype: torch.dtype, width: int, everything: bool) -> None:
 
 
 def variants(arch: int) -> Iterator[Variant]:
-    """What the launchers compile on an architecture, by dtype, width and options.
+    """What the launchers compile on an architecture, by dtype and options; not by width.
 
-    Of the activations the two that take registers; the others are parts of them.
+    Of the activations the two that take registers; the others are parts of them. float16 differs
+    from bfloat16 in conversions alone.
     """
     for label, dtype, width, everything in _tuning.cases():
+        if label.startswith(("tf32", "fp16")) or width != (256 if everything else 64):
+            continue
         yield from _tuning.recorded(arch, label, functools.partial(_case, dtype, width, everything))

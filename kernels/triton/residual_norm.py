@@ -14,13 +14,12 @@ from t4r_fast.kernels._draws import bits, float64_of
 from t4r_fast.kernels._dropout import dropout_arguments, site_key, stays
 from t4r_fast.kernels._placed_rows import (
     SUMMED_ROWS,
-    blocks,
-    inside,
+    block_mask,
     load_columns,
     load_places,
-    outputs,
     sum_of_blocks,
     unit_rows,
+    whole_rows,
 )
 from t4r_fast.kernels._tuning import SUMS, Variant, launch, sum_type
 from torch import Tensor
@@ -68,6 +67,7 @@ def _residual_norm_fwd_kernel(
     mean_ptr,
     rstd_ptr,
     R,
+    W,
     eps: tl.int64,
     site: tl.int64,
     least: tl.int64,
@@ -78,7 +78,6 @@ def _residual_norm_fwd_kernel(
     stride_norm_bias,
     stride_places,
     stride_bias,
-    W: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DRAWS: tl.constexpr,
     SUM: tl.constexpr,
@@ -88,10 +87,10 @@ def _residual_norm_fwd_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.arange(0, BLOCK_W)
     place = load_places(places_ptr, row, R, stride_places)
-    mask = inside(place >= 0, column, W, BLOCK_W)
+    mask = block_mask(place >= 0, column, W)
     bias = 0.0
     if HAS_BIAS:
-        bias = load_columns(bias_ptr, column, stride_bias, W, BLOCK_W, SUM)
+        bias = load_columns(bias_ptr, column, stride_bias, W, SUM)
     factor = 1.0
     if DRAWS:
         kept = stays(site_key(seed_ptr, site), place, 0, 0, least, BLOCK_R, BLOCK_W)
@@ -105,11 +104,11 @@ def _residual_norm_fwd_kernel(
     # a row that stands for none has nothing to divide by
     variance = tl.where(place >= 0, tl.sum(apart * apart, 1) / W + float64_of(eps).to(SUM), 1.0)
     rstd = tl.where(place >= 0, 1.0 / tl.sqrt(variance), 0.0)
-    weight = load_columns(weight_ptr, column, stride_weight, W, BLOCK_W, SUM)
-    norm_bias = load_columns(norm_bias_ptr, column, stride_norm_bias, W, BLOCK_W, SUM)
+    weight = load_columns(weight_ptr, column, stride_weight, W, SUM)
+    norm_bias = load_columns(norm_bias_ptr, column, stride_norm_bias, W, SUM)
     y = tl.where(mask, apart * rstd[:, None] * weight + norm_bias, 0.0)
     to = y_ptr + row[:, None] * W + column[None, :]
-    tl.store(to, y.to(y_ptr.dtype.element_ty), mask=outputs(row, R, column, W, BLOCK_W))
+    tl.store(to, y.to(y_ptr.dtype.element_ty), mask=block_mask(row < R, column, W))
     tl.store(mean_ptr + row, mean, mask=row < R)
     tl.store(rstd_ptr + row, rstd, mask=row < R)
 
@@ -129,6 +128,7 @@ def _residual_norm_bwd_kernel(
     dresidual_ptr,
     sums_ptr,
     R,
+    W,
     site: tl.int64,
     least: tl.int64,
     scale: tl.int64,
@@ -138,7 +138,6 @@ def _residual_norm_bwd_kernel(
     stride_weight,
     stride_places,
     stride_bias,
-    W: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DRAWS: tl.constexpr,
     HAS_SUMS: tl.constexpr,
@@ -152,10 +151,10 @@ def _residual_norm_bwd_kernel(
     of_weight = tl.zeros((BLOCK_R, BLOCK_W), SUM)
     of_norm_bias = tl.zeros((BLOCK_R, BLOCK_W), SUM)
     of_bias = tl.zeros((BLOCK_R, BLOCK_W), SUM)
-    weight = load_columns(weight_ptr, column, stride_weight, W, BLOCK_W, SUM)
+    weight = load_columns(weight_ptr, column, stride_weight, W, SUM)
     bias = 0.0
     if HAS_BIAS:
-        bias = load_columns(bias_ptr, column, stride_bias, W, BLOCK_W, SUM)
+        bias = load_columns(bias_ptr, column, stride_bias, W, SUM)
     factor = 1.0
     if DRAWS:
         key = site_key(seed_ptr, site)
@@ -163,7 +162,7 @@ def _residual_norm_bwd_kernel(
     for start in range(0, ROWS, BLOCK_R):
         row = block * ROWS + start + tl.arange(0, BLOCK_R)
         place = load_places(places_ptr, row, R, stride_places)
-        mask = inside(place >= 0, column, W, BLOCK_W)
+        mask = block_mask(place >= 0, column, W)
         if DRAWS:
             factor = tl.where(stays(key, place, 0, 0, least, BLOCK_R, BLOCK_W), value, 0.0)
         z = _row_sums(
@@ -181,7 +180,7 @@ def _residual_norm_bwd_kernel(
         dz = tl.where(mask, (g - first - unit * second) * rstd, 0.0)
         dx = dz * factor
         at = row[:, None] * W + column[None, :]
-        written = outputs(row, R, column, W, BLOCK_W)
+        written = block_mask(row < R, column, W)
         tl.store(dresidual_ptr + at, dz.to(dresidual_ptr.dtype.element_ty), mask=written)
         if DRAWS:
             tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=written)
@@ -214,7 +213,7 @@ def residual_norm_fwd(
     y = x.new_empty((rows, width))
     mean = x.new_empty((rows,), dtype=SUMS[x.dtype])
     rstd = torch.empty_like(mean)
-    chosen = blocks(width)
+    chosen = whole_rows(width)
     launch(
         _residual_norm_fwd_kernel,
         (triton.cdiv(rows, chosen["BLOCK_R"]),),
@@ -268,7 +267,7 @@ def residual_norm_bwd(
     launch(
         _residual_norm_bwd_kernel,
         (programs,),
-        blocks(width),
+        whole_rows(width),
         dy_ptr=dy,
         x_ptr=x,
         residual_ptr=residual,
@@ -308,6 +307,11 @@ def _case(dtype: torch.dtype, width: int, everything: bool) -> None:
 
 
 def variants(arch: int) -> Iterator[Variant]:
-    """What the launchers compile on an architecture, by dtype, width and options."""
+    """What the launchers compile on an architecture, by dtype, block of columns and options.
+
+    float16 differs from bfloat16 in conversions alone.
+    """
     for label, dtype, width, everything in _tuning.cases():
+        if label.startswith(("tf32", "fp16")) or width not in (64, 256, 512):
+            continue
         yield from _tuning.recorded(arch, label, functools.partial(_case, dtype, width, everything))
