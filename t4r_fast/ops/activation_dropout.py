@@ -46,7 +46,8 @@ def activation_dropout(
     every backend, for any number of threads and any order or packing of the rows. So is a row of y:
     on one backend it does not depend on other rows. Differentiable once in x and bias; backward
     makes the activation from x and draws again. The gradient of bias is a sum in one order,
-    whatever the number of threads. Memory beyond outputs: O(W) and W numbers per 64 rows.
+    whatever the number of threads. Memory beyond outputs: O(W), and in backward W numbers per 64
+    rows (Triton: 16).
     Raises ValueError or TypeError on shapes, dtypes and options out of range.
     Source of the draws: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     Replaces activation and dropout of a feed-forward layer of transformers' XLNet, BERT and GPT-2.
