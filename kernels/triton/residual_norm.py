@@ -155,7 +155,6 @@ def _residual_norm_bwd_kernel(
     bias = 0.0
     if HAS_BIAS:
         bias = load_columns(bias_ptr, column, stride_bias, W, SUM)
-    factor = 1.0
     if DRAWS:
         key = site_key(seed_ptr, site)
         value = float64_of(scale).to(SUM)
@@ -163,6 +162,7 @@ def _residual_norm_bwd_kernel(
         row = block * ROWS + start + tl.arange(0, BLOCK_R)
         place = load_places(places_ptr, row, R, stride_places)
         mask = block_mask(place >= 0, column, W)
+        factor = 1.0
         if DRAWS:
             factor = tl.where(stays(key, place, 0, 0, least, BLOCK_R, BLOCK_W), value, 0.0)
         z = _row_sums(
