@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t4r_fast import backend
+from t4r_fast.ops._sequence_mask import PackedMask, SequenceMask
 from t4r_fast.ops.mask_mlm import mask_mlm
 from t4r_fast.plain import mask_mlm as plain
 from t4r_fast.plain._philox import philox
@@ -14,6 +15,7 @@ from t4r_fast.plain._philox import philox
 LANES = lanes("mask_mlm")
 NATIVE = [lane for lane in LANES if lane in ("cpu", "cuda-on-cpu")]
 MODES = ["train", "last", "shifted", "next"]
+PACKED_MODES = MODES[:3]
 SEED = torch.tensor([2**62 + 12345, -(2**40) - 6])
 
 
@@ -48,6 +50,30 @@ def boundary_sessions():
     yield from (some_sessions(*shape) for shape in SHAPES)
     yield sessions([0] * 70, 6)
     yield sessions([6] * 70, 6)
+
+
+def pack(ids, spare=0, padding_idx=0):
+    """The items of (B, L), what no one may read behind them, and their offsets."""
+    items = ids != padding_idx
+    behind = torch.tensor([padding_idx, -7, 2**62])[torch.arange(spare) % 3]
+    ends = items.sum(1).cumsum(0)
+    return torch.cat([ids[items], behind]), torch.cat([ends.new_zeros(1), ends])
+
+
+def packed_of(padded, ids, spare=0, padding_idx=0):
+    """The PackedMask that says what a SequenceMask of (B, L) says of its items."""
+    items = ids != padding_idx
+    place = items.flatten().cumsum(0) - 1
+    used = padded.rows[: padded.count].cpu()
+    used = used[items.flatten()[used]]  # "next" has a row for an empty session
+    size, count = int(items.sum()) + spare, len(used)
+    rows = torch.full((size,), -1)
+    rows[:count] = place[used]
+    targets = torch.full((size,), padding_idx)
+    targets[:count] = padded.targets.cpu().flatten()[used]
+    replaced = torch.zeros(size, dtype=torch.bool)
+    replaced[: size - spare] = padded.mask.cpu()[items]
+    return PackedMask(replaced, rows, targets, torch.tensor(count))
 
 
 def philox_in_python(key, counter):
@@ -362,3 +388,183 @@ ERRORS = {
 def test_errors(args, options, kind, message):
     with backend.use("plain"), pytest.raises(kind, match=rf"^mask_mlm: .*{message}"):
         mask_mlm(*args, **options)
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("mode", PACKED_MODES)
+def test_packed_sessions_have_the_bits_of_padded_ones(lane, mode):
+    for ids in boundary_sessions():
+        for spare in (0, 13):
+            items, offsets = pack(ids, spare)
+            with run_on(lane, "mask_mlm") as device:
+                options = {"mode": mode, "seed": SEED.to(device) if mode == "train" else None}
+                padded = mask_mlm(ids.to(device), **options)
+                found = mask_mlm(items.to(device), offsets=offsets.to(device), **options)
+            same(found, packed_of(padded, ids, spare))
+
+
+@pytest.mark.parametrize("lane", LANES)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(0, 40), max_size=70),
+    spare=st.integers(0, 300),
+    padding_idx=st.sampled_from([0, 7, -1]),
+    step=st.sampled_from([1, 2]),
+    mode=st.sampled_from(PACKED_MODES),
+    probability=st.sampled_from([0.0, 0.15, 0.5, 1.0]),
+)
+def test_any_packed_sessions(lane, lengths, spare, padding_idx, step, mode, probability):
+    """Also no session, no item, capacity without items, and views."""
+    positions = max([*lengths, 0])
+    ids = sessions(lengths, positions).reshape(len(lengths), positions)
+    ids = torch.where(ids == 0, padding_idx, ids + 10)
+    padded = SequenceMask(*rules_in_python(ids, mode, probability, padding_idx))
+    given = [t.repeat_interleave(step) for t in pack(ids, spare, padding_idx)]
+    with run_on(lane, "mask_mlm") as device:
+        items, offsets = (t.to(device)[::step] for t in given)
+        options = {"mode": mode, "padding_idx": padding_idx}
+        if mode == "train":
+            options |= {"seed": SEED.to(device), "probability": probability}
+        found = mask_mlm(items, offsets=offsets, **options)
+    same(found, packed_of(padded, ids, spare, padding_idx))
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_a_packed_example(lane):
+    items = torch.tensor([11, 12, 13, 14, 99, 0])
+    with run_on(lane, "mask_mlm") as device:
+        offsets = torch.tensor([0, 3, 3, 4], device=device)
+        last = mask_mlm(items.to(device), offsets=offsets, mode="last")
+        shifted = mask_mlm(items.to(device), offsets=offsets, mode="shifted")
+    assert last.replaced.tolist() == [False, False, True, True, False, False]
+    assert last.rows.tolist() == [2, 3, -1, -1, -1, -1]
+    assert last.targets.tolist() == [13, 14, 0, 0, 0, 0]
+    assert last.count.item() == 2
+    assert shifted.replaced.tolist() == [True, True, False, False, False, False]
+    assert shifted.rows.tolist() == [0, 1, -1, -1, -1, -1]
+    assert shifted.targets.tolist() == [12, 13, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_packed_bits_in_every_order_of_blocks_and_warps(lane):
+    (items, offsets), first = pack(some_sessions(300, 7), 500), None
+    for _ in range(8):
+        with run_on(lane, "mask_mlm") as device:
+            found = mask_mlm(items.to(device), offsets=offsets.to(device), seed=SEED.to(device))
+        first = first or [t.cpu() for t in found]
+        same(found, first)
+
+
+@pytest.mark.parametrize("mode", range(3))
+def test_plain_never_waits_for_the_host_with_packed_sessions(mode):
+    items, offsets = pack(sessions([3, 0, 5], 5), 4)
+    with LargestTensor() as seen:
+        plain.mask_mlm_packed_fwd(items, offsets, SEED, 2**30, mode, 0)
+    assert not seen.calls & {"_local_scalar_dense", "nonzero", "masked_select", "multinomial"}
+
+
+@pytest.mark.parametrize("lane", [lane for lane in NATIVE if lane != "cpu"])
+def test_one_launch_is_all_with_packed_sessions(lane):
+    items, offsets = pack(some_sessions(70, 9), 40)
+    with run_on(lane, "mask_mlm"), LargestTensor() as seen:
+        mask_mlm(items, offsets=offsets, seed=SEED)
+    assert seen.calls == {"mask_mlm_packed_fwd"}
+
+
+@pytest.mark.parametrize("lane", [lane for lane in NATIVE if lane != "cpu"])
+def test_the_kernel_stops_at_padding_within_packed_sessions_and_at_wrong_offsets(lane):
+    for item in (0, 317, 629):
+        items, offsets = pack(sessions([9] * 70, 9), 20)
+        items[item] = 0
+        with (
+            run_on(lane, "mask_mlm"),
+            pytest.raises(
+                RuntimeError, match=r"^mask_mlm: item_ids with offsets must hold no padding$"
+            ),
+        ):
+            mask_mlm(items, offsets=offsets, seed=SEED)
+    for entry, value in [(0, 1), (0, -1), (33, 400), (50, -5), (70, 651), (70, 2**40)]:
+        items, offsets = pack(sessions([9] * 70, 9), 20)
+        offsets[entry] = value
+        with (
+            run_on(lane, "mask_mlm"),
+            pytest.raises(
+                RuntimeError, match=r"^mask_mlm: offsets must rise from 0 to at most the items"
+            ),
+        ):
+            mask_mlm(items, offsets=offsets, seed=SEED)
+
+
+@pytest.mark.parametrize("lane", NATIVE)
+@pytest.mark.parametrize("mode", range(3))
+def test_opcheck_with_packed_sessions(lane, mode):
+    with run_on(lane, "mask_mlm"):
+        args = (*pack(sessions([3, 0, 5], 5), 4), SEED if mode == 0 else None, 2**30, mode, 0)
+        torch.library.opcheck(backend.ops(backend.forced(), plain).mask_mlm_packed_fwd, args)
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("mode", ["train", "last"])
+def test_packed_sessions_compile_to_one_graph(lane, mode):
+    with run_on(lane, "mask_mlm") as device:
+        items, offsets = (t.to(device) for t in pack(sessions([3, 0, 5, 1], 5), 3))
+        options = {"seed": SEED.to(device)} if mode == "train" else {}
+
+        def step(x, y):
+            return tuple(mask_mlm(x, offsets=y, mode=mode, **options))
+
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(items, offsets)
+        assert all(torch.equal(a, b) for a, b in zip(step(items, offsets), compiled, strict=True))
+
+
+@pytest.mark.parametrize("lane", NATIVE)
+def test_native_kernel_guards_its_arguments_with_packed_sessions(lane):
+    with run_on(lane, "mask_mlm"):
+        op = backend.ops(backend.forced(), plain).mask_mlm_packed_fwd
+        items, offsets = pack(sessions([3], 5))
+        for args, message in [
+            ((items[None], offsets, SEED, 1, 0, 0), r"item_ids must have shape \(U,\); got 2 dim"),
+            ((items.int(), offsets, SEED, 1, 0, 0), "item_ids must be int64"),
+            ((items, offsets[None], SEED, 1, 0, 0), r"offsets must have shape \(B \+ 1,\); got 2"),
+            ((items, offsets[:0], SEED, 1, 0, 0), r"offsets must have shape \(B \+ 1,\), one"),
+            ((items, offsets.int(), SEED, 1, 0, 0), "offsets must be int64"),
+            ((items, offsets, None, 1, 0, 0), "seed must be given in mode 'train'"),
+            ((items, offsets, SEED, 1, 3, 0), "mode must not be 'next' with offsets"),
+            ((items, offsets, SEED, 1, 9, 0), "mode must be 0 to 3; got 9"),
+        ]:
+            with pytest.raises(RuntimeError, match=f"^mask_mlm: {message}"):
+                op(*args)
+
+
+U, O = pack(X)  # noqa: E741
+PACKED_ERRORS = {
+    "shape": (X, O, {}, ValueError, r"item_ids must have shape \(U,\) because .*; got \(2, 4\)"),
+    "dtype": (U.int(), O, {}, TypeError, "item_ids must be int64; got torch.int32"),
+    "offsets shape": (U, O[None], {}, ValueError, r"offsets must have shape \(B \+ 1,\); got"),
+    "no offset": (U, O[:0], {}, ValueError, r"one entry at least; got \(0,\)"),
+    "offsets dtype": (U, O.int(), {}, TypeError, "offsets must be int64; got torch.int32"),
+    "offsets device": (
+        U,
+        O.to("meta"),
+        {},
+        ValueError,
+        "offsets must be on the device of item_ids",
+    ),
+    "start": (U, O + 1, {}, ValueError, "rise from 0 to at most 5, .*; got 1 at entry 0$"),
+    "fall": (U, O.flip(0) - O[-1], {}, ValueError, "rise from 0 .*; got -2 at entry 1$"),
+    "end": (U[:4], O, {}, ValueError, "rise from 0 to at most 4, .*; got 5 at entry 2$"),
+    "padding": (U * 0, O, {}, ValueError, r"must hold no padding \(0\); got it at item 0$"),
+    "last item": (U, O, {"padding_idx": 8}, ValueError, r"no padding \(8\); got it at item 4$"),
+    "mode": (U, O, {"mode": "next"}, ValueError, "append an item to each session .*'last'"),
+}
+
+
+@pytest.mark.parametrize("lane", [lane for lane in LANES if lane in ("plain", "cpu")])
+@pytest.mark.parametrize(
+    ("items", "offsets", "options", "kind", "message"),
+    PACKED_ERRORS.values(),
+    ids=PACKED_ERRORS.keys(),
+)
+def test_packed_errors(lane, items, offsets, options, kind, message):
+    with run_on(lane, "mask_mlm"), pytest.raises(kind, match=rf"^mask_mlm: .*{message}"):
+        mask_mlm(items, offsets=offsets, **options)

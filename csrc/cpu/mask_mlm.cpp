@@ -30,14 +30,37 @@ void train(bool* mask, int64_t n, int64_t session, const Seed& seed, uint64_t th
   if (masked == n) mask[below(words.w[1], n)] = false;
 }
 
+// What is hidden of a session's n items, mode kNext aside.
+struct Rule {
+  Rule(const std::optional<Tensor>& seed, int64_t threshold, int64_t mode)
+      : threshold(static_cast<uint64_t>(threshold)), mode(mode) {
+    CHECK(mode >= kTrain && mode <= kNext, "mask_mlm: mode must be 0 to 3; got ", mode);
+    CHECK(mode != kTrain || seed.has_value(), "mask_mlm: seed must be given in mode 'train'");
+    if (mode == kTrain) drawn = read_seed("mask_mlm", *seed);
+  }
+
+  // `mask` is false at first.
+  void hide(bool* mask, int64_t n, int64_t session) const {
+    if (mode == kTrain) train(mask, n, session, drawn, threshold);
+    if (mode == kLast && n > 0) mask[n - 1] = true;
+    if (mode == kShifted) {
+      for (int64_t l = 0; l < n - 1; ++l) mask[l] = true;
+    }
+  }
+  // How far behind a hidden item its target is.
+  int64_t ahead() const { return mode == kShifted; }
+
+  Seed drawn{};
+  uint64_t threshold;
+  int64_t mode;
+};
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> mask_mlm_fwd_cpu(const Tensor& item_ids,
                                                             const std::optional<Tensor>& seed,
                                                             int64_t threshold, int64_t mode,
                                                             int64_t padding_idx) {
   const Sessions sessions("mask_mlm", item_ids, padding_idx);
-  CHECK(mode >= kTrain && mode <= kNext, "mask_mlm: mode must be 0 to 3; got ", mode);
-  CHECK(mode != kTrain || seed.has_value(), "mask_mlm: seed must be given in mode 'train'");
-  const Seed drawn = mode == kTrain ? read_seed("mask_mlm", *seed) : Seed{};
+  const Rule rule(seed, threshold, mode);
   const int64_t positions = sessions.positions + (mode == kNext);
   MaskOutputs out(item_ids, sessions.count, positions);
   int64_t* targets = out.targets.mutable_data_ptr<int64_t>();
@@ -50,14 +73,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mask_mlm_fwd_cpu(const Tensor& item_i
       const int64_t* const items = sessions.row(b);
       const int64_t n = sessions.length(b);
       for (int64_t l = 0; l < positions; ++l) mask[l] = false;
-      if (mode == kTrain) train(mask, n, b, drawn, static_cast<uint64_t>(threshold));
-      if (mode == kLast && n > 0) mask[n - 1] = true;
-      if (mode == kShifted) {
-        for (int64_t l = 0; l < n - 1; ++l) mask[l] = true;
-      }
+      rule.hide(mask, n, b);
       if (mode == kNext) mask[n] = true;
       // mask is false from position n on, but for kNext: item l + ahead is there
-      const int64_t ahead = mode == kShifted, labelled = mode == kNext ? 0 : n;
+      const int64_t ahead = rule.ahead(), labelled = mode == kNext ? 0 : n;
       for (int64_t l = 0; l < labelled; ++l) {
         const int64_t keep = -int64_t{mask[l]};  // bits, for nobody predicts a branch on a draw
         target[l] = (items[l + ahead] & keep) | (padding_idx & ~keep);
@@ -69,9 +88,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mask_mlm_fwd_cpu(const Tensor& item_i
   return out.list_rows([masks](int64_t i) { return masks[i]; });
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> mask_mlm_packed_fwd_cpu(
+    const Tensor& item_ids, const Tensor& offsets, const std::optional<Tensor>& seed,
+    int64_t threshold, int64_t mode, int64_t padding_idx) {
+  const PackedSessions sessions("mask_mlm", item_ids, offsets, padding_idx);
+  const Rule rule(seed, threshold, mode);
+  CHECK(mode != kNext, "mask_mlm: mode must not be 'next' with offsets");
+  PackedOutputs out(sessions);
+  bool* replaced = out.replaced.mutable_data_ptr<bool>();
+  torch::stable::parallel_for(0, sessions.count, kSessionsPerThread, [&](int64_t b, int64_t stop) {
+    for (; b < stop; ++b) {
+      bool* mask = replaced + sessions.start[b];
+      const int64_t n = sessions.length(b);
+      for (int64_t l = 0; l < n; ++l) mask[l] = false;
+      rule.hide(mask, n, b);
+    }
+  });
+  int64_t* rows = out.rows.mutable_data_ptr<int64_t>();
+  int64_t found = 0;
+  for (int64_t i = 0; i < sessions.end; ++i) {
+    rows[found] = i;  // found <= i: in bounds; overwritten unless i is hidden
+    found += replaced[i];
+  }
+  return out.finish(sessions, found, rule.ahead(), padding_idx);
+}
+
 }  // namespace
 }  // namespace t4r_fast
 
 STABLE_TORCH_LIBRARY_IMPL(t4r_fast, CPU, m) {
   m.impl("mask_mlm_fwd", TORCH_BOX(&t4r_fast::mask_mlm_fwd_cpu));
+  m.impl("mask_mlm_packed_fwd", TORCH_BOX(&t4r_fast::mask_mlm_packed_fwd_cpu));
 }

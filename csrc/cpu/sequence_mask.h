@@ -65,6 +65,68 @@ struct Sessions {
   mutable std::atomic<bool> wrong{false};
 };
 
+// B sessions one after the other; their items end at `end`, before the capacity `size`.
+struct PackedSessions {
+  PackedSessions(const char* op, const Tensor& item_ids, const Tensor& offsets,
+                 int64_t padding_idx) {
+    CHECK_DIM(op, item_ids, 1, "(U,)");
+    CHECK_INT64(op, item_ids);
+    CHECK_DIM(op, offsets, 1, "(B + 1,)");
+    CHECK_INT64(op, offsets);
+    CHECK(offsets.size(0) > 0, op, ": offsets must have shape (B + 1,), one entry at least");
+    ids = torch::stable::contiguous(item_ids);
+    starts = torch::stable::contiguous(offsets);
+    items = ids.const_data_ptr<int64_t>();
+    start = starts.const_data_ptr<int64_t>();
+    count = offsets.size(0) - 1;
+    size = item_ids.size(0);
+    for (int64_t b = 0; b <= count; ++b) {
+      CHECK(start[b] >= (b == 0 ? 0 : start[b - 1]) && start[b] <= (b == 0 ? 0 : size), op,
+            ": offsets must rise from 0 to at most ", size, ", the items that there are; got ",
+            start[b], " at entry ", b);
+    }
+    end = start[count];
+    bool padding = false;
+    for (int64_t i = 0; i < end; ++i) padding |= items[i] == padding_idx;
+    for (int64_t i = 0; padding && i < end; ++i) {
+      CHECK(items[i] != padding_idx, op, ": item_ids with offsets must hold no padding (",
+            padding_idx, "); got it at item ", i);
+    }
+  }
+
+  int64_t length(int64_t b) const { return start[b + 1] - start[b]; }
+
+  Tensor ids, starts;
+  const int64_t *items, *start;
+  int64_t count, size, end;
+};
+
+struct PackedOutputs {
+  explicit PackedOutputs(const PackedSessions& sessions)
+      : replaced(torch::stable::new_empty(sessions.ids, {sessions.size}, ScalarType::Bool)),
+        rows(torch::stable::new_empty(sessions.ids, {sessions.size})),
+        targets(torch::stable::new_empty(sessions.ids, {sessions.size})),
+        count(torch::stable::new_empty(sessions.ids, {})) {
+    bool* data = replaced.mutable_data_ptr<bool>();
+    for (int64_t i = sessions.end; i < sessions.size; ++i) data[i] = false;
+  }
+
+  // `found` rows are written: what is left, and the targets, each `ahead` items behind its row.
+  // Nothing is predicted with `ahead` < 0.
+  std::tuple<Tensor, Tensor, Tensor, Tensor> finish(const PackedSessions& sessions, int64_t found,
+                                                    int64_t ahead, int64_t padding_idx) {
+    int64_t *row = rows.mutable_data_ptr<int64_t>(), *target = targets.mutable_data_ptr<int64_t>();
+    const int64_t labelled = ahead < 0 ? 0 : found;
+    for (int64_t k = 0; k < labelled; ++k) target[k] = sessions.items[row[k] + ahead];
+    for (int64_t k = labelled; k < sessions.size; ++k) target[k] = padding_idx;
+    for (int64_t k = found; k < sessions.size; ++k) row[k] = -1;
+    *count.mutable_data_ptr<int64_t>() = found;
+    return {replaced, rows, targets, count};
+  }
+
+  Tensor replaced, rows, targets, count;
+};
+
 struct MaskOutputs {
   MaskOutputs(const Tensor& like, int64_t sessions, int64_t positions)
       : targets(torch::stable::new_empty(like, {sessions, positions})),

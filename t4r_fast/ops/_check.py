@@ -65,6 +65,31 @@ def check_int64(op: str, name: str, tensor: Tensor, shape: str, dim: int) -> Non
         raise TypeError(f"{op}: {name} must be int64; got {tensor.dtype}")
 
 
+def check_offsets(op: str, offsets: Tensor, first_name: str, first: Tensor) -> None:
+    """offsets (B + 1,) of packed sessions; their values are left to check_offset_values."""
+    check_int64(op, "offsets", offsets, "(B + 1,)", 1)
+    if offsets.shape[0] == 0:
+        raise ValueError(f"{op}: offsets must have shape (B + 1,), one entry at least; got (0,)")
+    check_device(op, first_name, first, offsets=offsets)
+
+
+def check_offset_values(op: str, offsets: Tensor, size: int) -> None:
+    """ValueError unless offsets rise from 0 to at most size; see check_values."""
+    step = offsets.diff()
+    right = (offsets[0] == 0) & (offsets[-1] <= size) & (step >= 0).all()
+    rule = f"{op}: offsets must rise from 0 to at most {size}, the items that there are"
+    if torch.compiler.is_compiling() or offsets.device.type != "cpu":
+        torch._assert_async(right, rule)
+    elif not bool(right):
+        if offsets[0] != 0:
+            place = 0
+        elif bool((step < 0).any()):
+            place = int((step < 0).nonzero()[0]) + 1
+        else:
+            place = offsets.shape[0] - 1
+        raise ValueError(f"{rule}; got {int(offsets[place])} at entry {place}")
+
+
 def check_target(
     op: str, hidden: Tensor, items: Tensor, target: Tensor, rows: Tensor | None, ignore_index: int
 ) -> None:

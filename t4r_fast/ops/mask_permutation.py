@@ -51,6 +51,8 @@ def mask_permutation(
 ) -> PermutationMask:
     """Permutation-language-model targets and attention masks, without a host sync.
 
+    Padded sessions only: perm_mask has an entry for each pair of positions, (B, L, L).
+
     With n the number of items of a session:
     "train"  spans of items are predicted: from position 0 on, draw a length s of 1 to
              max_span_length, take the next int(s / probability) positions as its stretch, put the

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -30,3 +32,28 @@ def row_list(chosen: Tensor) -> tuple[Tensor, Tensor]:
     rows = torch.full((size + 1,), -1, dtype=torch.int64, device=flat.device)
     rows = rows.scatter(0, place, torch.arange(size, device=flat.device))
     return rows[:size], flat.sum()
+
+
+class Places(NamedTuple):
+    """Of each of U packed items, int64 (U,). Behind the last session: session B of no items."""
+
+    session: Tensor
+    position: Tensor
+    length: Tensor  # of the session
+
+
+def places(item_ids: Tensor, offsets: Tensor) -> Places:
+    index = torch.arange(item_ids.shape[0], device=item_ids.device)
+    # the last of the offsets that are equal: sessions without items are none's
+    session = torch.searchsorted(offsets.contiguous(), index, right=True) - 1
+    lengths = torch.cat([offsets.diff(), offsets.new_zeros(1)])
+    return Places(session, index - offsets[session], lengths[session])
+
+
+def packed_mask(
+    item_ids: Tensor, replaced: Tensor, chosen: Tensor, ahead: int, padding_idx: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """replaced, rows, targets and count; the target of a chosen item is `ahead` items behind it."""
+    rows, count = row_list(chosen)
+    at = torch.where(rows >= 0, rows + ahead, 0)
+    return replaced, rows, torch.where(rows >= 0, item_ids[at], padding_idx), count
