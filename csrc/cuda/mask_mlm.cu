@@ -1,4 +1,5 @@
-// mask_mlm: targets, mask and row list of masked language modelling in one launch.
+// mask_mlm: targets, mask and row list of masked language modelling in one launch, of padded or of
+// packed sessions.
 // The draws are those of t4r_fast/plain/mask_mlm.py, bit for bit; the seed is read on the
 // device.
 
@@ -14,6 +15,12 @@ enum Draw : uint32_t { kPosition, kRow };
 struct MlmRule {
   __device__ static const char* padding_message() {
     return "mask_mlm: item_ids must have its padding on the right only";
+  }
+  __device__ static const char* packed_message() {
+    return "mask_mlm: item_ids with offsets must hold no padding";
+  }
+  __device__ static const char* offsets_message() {
+    return "mask_mlm: offsets must rise from 0 to at most the items that there are";
   }
   __device__ int64_t ahead() const { return mode == kShifted; }
 
@@ -67,15 +74,26 @@ __global__ void __launch_bounds__(kThreads)
   mask_sessions(rule, sessions, out);
 }
 
+__global__ void __launch_bounds__(kThreads)
+    mask_mlm_packed_fwd_kernel(PackedSessions sessions, PackedOutputs out, SeedTensor seed,
+                               uint64_t threshold, int64_t mode) {
+  MlmRule rule{mode == kTrain ? seed.read() : Seed{}, threshold, mode};
+  mask_packed_sessions(rule, sessions, out);
+}
+
+SeedTensor checked_seed(const std::optional<Tensor>& seed, int64_t mode, int32_t device) {
+  CHECK(mode >= kTrain && mode <= kNext, "mask_mlm: mode must be 0 to 3; got ", mode);
+  CHECK(mode != kTrain || seed.has_value(), "mask_mlm: seed must be given in mode 'train'");
+  return mode == kTrain ? SeedTensor("mask_mlm", *seed, device) : SeedTensor{};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> mask_mlm_fwd_cuda(const Tensor& item_ids,
                                                              const std::optional<Tensor>& seed,
                                                              int64_t threshold, int64_t mode,
                                                              int64_t padding_idx) {
   const Sessions sessions("mask_mlm", item_ids, padding_idx);
-  CHECK(mode >= kTrain && mode <= kNext, "mask_mlm: mode must be 0 to 3; got ", mode);
-  CHECK(mode != kTrain || seed.has_value(), "mask_mlm: seed must be given in mode 'train'");
   const int32_t device = item_ids.get_device_index();
-  const SeedTensor read = mode == kTrain ? SeedTensor("mask_mlm", *seed, device) : SeedTensor{};
+  const SeedTensor read = checked_seed(seed, mode, device);
   const DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(item_ids);
   MaskTensors out(item_ids, sessions.count, sessions.positions + (mode == kNext), stream);
@@ -84,9 +102,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mask_mlm_fwd_cuda(const Tensor& item_
   return {out.targets, out.mask, out.rows, out.count};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> mask_mlm_packed_fwd_cuda(
+    const Tensor& item_ids, const Tensor& offsets, const std::optional<Tensor>& seed,
+    int64_t threshold, int64_t mode, int64_t padding_idx) {
+  const PackedSessions sessions("mask_mlm", item_ids, offsets, padding_idx);
+  const int32_t device = item_ids.get_device_index();
+  const SeedTensor read = checked_seed(seed, mode, device);
+  CHECK(mode != kNext, "mask_mlm: mode must not be 'next' with offsets");
+  const DeviceGuard guard(device);
+  const cudaStream_t stream = current_stream(item_ids);
+  PackedTensors out(item_ids, sessions.count, stream);
+  LAUNCH(mask_mlm_packed_fwd_kernel, out.tiles, kThreads, 0, stream, sessions, out.outputs(), read,
+         static_cast<uint64_t>(threshold), mode);
+  return {out.replaced, out.rows, out.targets, out.count};
+}
+
 }  // namespace
 }  // namespace t4r_fast
 
 REGISTER_OPS(m) {
   m.impl("mask_mlm_fwd", TORCH_BOX(&t4r_fast::mask_mlm_fwd_cuda));
+  m.impl("mask_mlm_packed_fwd", TORCH_BOX(&t4r_fast::mask_mlm_packed_fwd_cuda));
 }

@@ -98,7 +98,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("sequence_embedding.cu", "first < g.width -> first <= g.width"): _PAST,
     ("sequence_mask.cuh", "l < sessions.positions -> l <= sessions.positions"): _PAST,
     ("sequence_mask.cuh", "lanes < kWarp -> lanes <= kWarp"): _SHIFT,
-    ("sequence_mask.cuh", "step < out.positions -> step <= out.positions"): _PAST,
+    ("sequence_mask.cuh", "step < warp_stop -> step <= warp_stop"): _PAST,
     ("sequence_mask.cuh", "lanes < kLanes -> lanes <= kLanes"): _SHIFT,
 }
 
