@@ -2,11 +2,14 @@
 
 import pytest
 import torch
-from harness import check, lanes, run_on
+from harness import LargestTensor, check, lanes, run_on
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from t4r_fast import backend, optim
+from t4r_fast.ops._table import recorder_of, up_to_date
 from t4r_fast.ops.sequence_embedding import sequence_embedding
+from t4r_fast.plain import sequence_embedding as plain
 
 LANES = lanes("sequence_embedding")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -477,3 +480,300 @@ ERRORS = {
 def test_errors(args, options, kind, message):
     with pytest.raises(kind, match=rf"^sequence_embedding: .*{message}"):
         sequence_embedding(*args, **options)
+
+
+def naive_packed(columns, tables, offsets, mask=None, **options):
+    """The padded formula for one session that ends where the packed ones do."""
+    size, end = columns[0].shape[0], int(offsets[-1])
+    if mask is not None:
+        options["mask"] = mask[None, :end]
+    out = naive([column[None, :end] for column in columns], tables, **options)[0]
+    return torch.cat([out, out.new_zeros(size - end, out.shape[1])])
+
+
+def pack(inputs, spare):
+    """Padded inputs without their padding, by the first ids, and what no one may read behind."""
+    items = inputs["columns"][0] != 0
+    ends = items.sum(1).cumsum(0)
+    packed = {**inputs, "columns": [], "offsets": torch.cat([ends.new_zeros(1), ends])}
+    for column in inputs["columns"]:
+        behind = column.new_full(
+            (spare, *column.shape[2:]), float("nan") if column.is_floating_point() else 2**62
+        )
+        if spare and not column.is_floating_point():
+            behind[0] = -5
+        packed["columns"].append(torch.cat([column[items], behind]))
+    if "mask" in inputs:
+        packed["mask"] = torch.cat([inputs["mask"][items], torch.arange(spare) % 2 == 0])
+    return packed, items
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spare", [0, 9])
+@pytest.mark.parametrize(
+    "case",
+    [
+        ((1, 1, [1]), {}),
+        ((3, 5, [4]), {"mask": True}),
+        ((4, 20, [64, 8, 3]), {"mask": True, "numbers": (0, 2, 1)}),
+        ((33, 7, [5, 6]), {"numbers": (0,)}),
+    ],
+    ids=lambda c: str(c[0]),
+)
+def test_packed_concat(lane, dtype, spare, case):
+    inputs, _ = pack(make_inputs(*case[0], **case[1]), spare)
+    diff = ("tables", "columns", "mask_vector")[: 3 if "mask" in inputs else 2]
+    check(lane, sequence_embedding, naive_packed, inputs, {}, dtype, diff)
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [5, 24])
+def test_packed_sum(lane, dtype, width):
+    inputs = make_inputs(29, 6, [width, width], numbers=(width,))
+    inputs["mask"] = torch.eye(29, 6).bool()
+    inputs["mask_vector"] = torch.randn(width, generator=torch.Generator().manual_seed(0))
+    inputs, _ = pack(inputs, 50)
+    diff = ("tables", "columns", "mask_vector")
+    check(lane, sequence_embedding, naive_packed, inputs, {"aggregation": "sum"}, dtype, diff)
+
+
+@pytest.mark.parametrize("lane", LANES)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    sessions=st.sampled_from([0, 1, 3, 13, 64]),
+    positions=st.sampled_from([0, 1, 5, 20, 65]),
+    spare=st.sampled_from([0, 1, 40, 900]),
+    widths=st.lists(st.sampled_from([1, 3, 8, 16, 17, 64]), min_size=1, max_size=3),
+    numbers=st.sampled_from([(), (0,), (2, 0)]),
+    mask=st.booleans(),
+    step=st.sampled_from([1, 2]),
+)
+def test_any_packed_shape(lane, sessions, positions, spare, widths, numbers, mask, step):
+    """Also no session, no item, capacity without items, and views."""
+    inputs, _ = pack(make_inputs(sessions, positions, widths, mask, numbers), spare)
+    inputs["columns"] = [c.repeat_interleave(step, 0)[::step] for c in inputs["columns"]]
+    inputs["offsets"] = inputs["offsets"].repeat_interleave(step)[::step]
+    diff = ("tables", "columns", "mask_vector")[: 3 if mask else 2]
+    check(lane, sequence_embedding, naive_packed, inputs, {}, torch.float64, diff)
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_packed_sessions_have_the_bits_of_padded_ones(lane, sparse):
+    """Rows of gradients are sums in the order of items, whatever stands between these."""
+    inputs = make_inputs(60, 20, [24, 8], mask=True)
+    inputs["columns"][1] = inputs["columns"][0] % 10
+    inputs["mask"] &= inputs["columns"][0] != 0
+    packed, items = pack(inputs, 700)
+    dout = torch.randn(60, 20, 32, generator=torch.Generator().manual_seed(0))
+    behind = torch.full((700, 32), float("nan"))
+    found = []
+    with run_on(lane, "sequence_embedding") as device:
+        for given, weight in ((inputs, dout), (packed, torch.cat([dout[items], behind]))):
+            leaves = [given[k].to(device).requires_grad_() for k in ("mask_vector",)]
+            leaves += [t.to(device).requires_grad_() for t in given["tables"]]
+            options = {"offsets": given["offsets"].to(device)} if given is packed else {}
+            out = sequence_embedding(
+                [c.to(device) for c in given["columns"]],
+                leaves[1:],
+                mask=given["mask"].to(device),
+                mask_vector=leaves[0],
+                sparse=sparse,
+                **options,
+            )
+            grads = torch.autograd.grad(out, leaves, weight.to(device))
+            found.append([out, *(g.to_dense() if g.is_sparse else g for g in grads)])
+    padded, found = found
+    assert torch.equal(found[0][: items.sum()], padded[0][items.to(device)])
+    assert not found[0][items.sum() :].any()
+    for a, b in zip(found[1:], padded[1:]):
+        if lane.startswith("plain"):  # its sums are in any order
+            torch.testing.assert_close(a, b)
+        else:
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_ids_behind_packed_sessions_are_in_no_sparse_gradient(lane):
+    ids = torch.tensor([3, 1, 3, 99, -4, 2])
+    with run_on(lane, "sequence_embedding") as device:
+        table = torch.ones(6, 2, device=device, requires_grad=True)
+        offsets = torch.tensor([0, 1, 3], device=device)
+        out = sequence_embedding([ids.to(device)], [table], offsets=offsets, sparse=True)
+        (grad,) = torch.autograd.grad(out, table, torch.ones_like(out))
+    assert out.tolist() == [[1, 1]] * 3 + [[0, 0]] * 3
+    assert grad.to_dense()[:, 0].tolist() == [0, 1, 0, 2, 0, 0]
+    used = set(grad.coalesce().indices()[0].tolist())
+    assert used <= ({0, 1, 3} if lane.startswith(("cuda", "plain")) else {1, 3})
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_padding_id_within_packed_sessions_is_looked_up_but_not_trained(lane):
+    with run_on(lane, "sequence_embedding") as device:
+        table = torch.ones(3, 2, device=device, requires_grad=True)
+        offsets = torch.tensor([0, 3], device=device)
+        ids = torch.tensor([1, 0, 0, 2], device=device)
+        found = sequence_embedding([ids], [table], offsets=offsets)
+        found.sum().backward()
+    assert found.tolist() == [[1, 1]] * 3 + [[0, 0]]
+    assert table.grad.tolist() == [[0, 0], [1, 1], [0, 0]]
+
+
+@pytest.mark.parametrize("lane", [lane for lane in LANES if lane in ("plain", "cpu")])
+def test_a_managed_table_learns_from_packed_sessions_as_from_padded_ones(lane):
+    trained = []
+    for spare in (None, 30):
+        generator = torch.Generator().manual_seed(0)
+        table = torch.nn.Parameter(torch.randn(40, 4, generator=generator).double())
+        optimizer = optim.for_model(torch.nn.ParameterList([table]), items=[table], lr=0.1)
+        for step in range(5):
+            inputs = make_inputs(6, 5 + step, [1])
+            inputs["columns"] = [inputs["columns"][0] * (step + 1)]
+            weight = torch.randn(6, 5 + step, 4, generator=generator).double()
+            with run_on(lane, "sequence_embedding"):
+                if spare is None:
+                    sequence_embedding(inputs["columns"], [table]).backward(weight)
+                else:
+                    packed, items = pack(inputs, spare)
+                    weight = torch.cat([weight[items], weight.new_full((spare, 4), float("nan"))])
+                    out = sequence_embedding(packed["columns"], [table], offsets=packed["offsets"])
+                    out.backward(weight)
+            assert recorder_of(table).lookup
+            optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append(up_to_date(table).detach().clone())
+    torch.testing.assert_close(trained[1], trained[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("lane", [lane for lane in LANES if lane == "cuda-on-cpu"])
+def test_one_launch_is_all_with_packed_sessions(lane):
+    packed, _ = pack(make_inputs(5, 6, [4], mask=True), 7)
+    with run_on(lane, "sequence_embedding"), LargestTensor() as seen:
+        sequence_embedding(**packed)
+    assert seen.calls == {"sequence_embedding_fwd", "unsqueeze", "select"}
+
+
+def test_plain_never_waits_for_the_host_with_packed_sessions():
+    packed, _ = pack(make_inputs(5, 6, [4], mask=True, numbers=(0,)), 7)
+    columns = [column[None] for column in packed["columns"]]
+    masked = packed["mask"][None], packed["mask_vector"]
+    with LargestTensor() as seen:
+        plain.sequence_embedding(
+            columns, packed["tables"], *masked, packed["offsets"], False, False, 0, (False,) * 2
+        )
+    assert not seen.calls & {"_local_scalar_dense", "nonzero", "masked_select"}
+
+
+@pytest.mark.skipif("cuda-on-cpu" not in LANES, reason="there is no CUDA kernel")
+@pytest.mark.parametrize("end", [-1, 41, 2**40])
+def test_the_cuda_kernel_itself_refuses_offsets_out_of_range(end):
+    ids, offsets = torch.full((1, 40), 2), torch.tensor([0, end])
+    with run_on("cuda-on-cpu", "sequence_embedding"):
+        emulated = torch.ops.t4r_fast_emulated
+    for sum in (False, True):
+        rest = (sum, None, None, False, 0, offsets)
+        with pytest.raises(RuntimeError, match="offsets must end at 0 to the items"):
+            emulated.sequence_embedding_fwd([ids], [torch.ones(6, 2)], *rest)
+    for column in (ids, None):
+        rest = (False, None, False, 0, False, [1, 0], offsets)
+        with pytest.raises(RuntimeError, match="offsets must end at 0 to the items"):
+            emulated.sequence_embedding_bwd(torch.ones(1, 40, 2), [column], [6], [2], *rest)
+
+
+@pytest.mark.parametrize("lane", [lane for lane in LANES if lane in ("cpu", "cuda-on-cpu")])
+def test_native_ops_check_offsets(lane):
+    with run_on(lane, "sequence_embedding"):
+        forward = backend.ops(backend.forced(), plain).sequence_embedding_fwd
+    rest = (False, None, None, False, 0)
+    for offsets, message in [
+        (torch.tensor([[0, 3]]), r"offsets must have shape \(B \+ 1,\)"),
+        (torch.tensor([0, 3]).int(), "offsets must be int64"),
+        (torch.tensor([]).long(), "offsets must have one entry at least"),
+    ]:
+        with pytest.raises(RuntimeError, match=f"^sequence_embedding: {message}"):
+            forward([I[:1]], [W], *rest, offsets)
+    with pytest.raises(RuntimeError, match="columns with them one session"):
+        forward([I], [W], *rest, torch.tensor([0, 3]))
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_opcheck_with_packed_sessions(sparse):
+    packed, _ = pack(make_inputs(4, 6, [5, 3], mask=True, numbers=(0,)), 5)
+    columns = [column[None] for column in packed["columns"]]
+    tables, mask, offsets = packed["tables"], packed["mask"][None], packed["offsets"]
+    torch.library.opcheck(
+        torch.ops.t4r_fast.sequence_embedding_fwd,
+        (columns, tables, False, mask, packed["mask_vector"], False, 0, offsets),
+    )
+    torch.library.opcheck(
+        torch.ops.t4r_fast.sequence_embedding_bwd,
+        (
+            torch.randn(*mask.shape, 9),
+            [columns[0], None, columns[2]],
+            [len(tables[0]), -1, len(tables[2])],
+            [5, 1, 3],
+            False,
+            mask,
+            False,
+            0,
+            sparse,
+            [1, 1, 1, 1],
+            offsets,
+        ),
+    )
+
+
+def test_packed_sessions_compile_to_one_graph():
+    packed, _ = pack(make_inputs(4, 6, [5, 3], mask=True, numbers=(0,)), 5)
+    tables = packed["tables"][0], packed["tables"][2]
+
+    def step(first, second):
+        return sequence_embedding(**{**packed, "tables": [first, None, second]})
+
+    found = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves = [t.clone().requires_grad_() for t in tables]
+        out = function(*leaves)
+        found.append((out, *torch.autograd.grad(out, leaves, torch.ones_like(out))))
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+@pytest.mark.parametrize("tables", [1, 2, 3])
+def test_packed_sessions_compile_without_a_gradient(tables):
+    """For any number of columns: see the forward of the op's autograd function."""
+    packed, _ = pack(make_inputs(4, 6, [3] * tables), 5)
+    compiled = torch.compile(sequence_embedding, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(**packed), sequence_embedding(**packed))
+
+
+P, O = I[0], torch.tensor([0, 2])  # noqa: E741
+PACKED_ERRORS = {
+    "shape": (([P, P[:1]], [W, W]), {}, ValueError, r"columns\[1\] .*\(U,\) .*\(3,\); got \(1,\)"),
+    "dim": (([I], [W]), {}, ValueError, r"columns\[0\] must have shape \(U,\) because it has a t"),
+    "number": (([P, X[None]], [W, None]), {}, ValueError, r"columns\[1\] must have shape \(U,\)"),
+    "mask": (([P], [W]), {"mask": M, "mask_vector": V}, ValueError, r"mask must be bool \(3,\)"),
+    "zero": (([P], [W]), {"zero_padding": True}, ValueError, "zero_padding must be False with off"),
+    "offsets": (([P], [W]), {"offsets": O[None]}, ValueError, r"offsets must have shape \(B \+ 1"),
+    "none": (([P], [W]), {"offsets": O[:0]}, ValueError, "one entry at least"),
+    "dtype": (([P], [W]), {"offsets": O.int()}, TypeError, "offsets must be int64"),
+    "device": (([P], [W]), {"offsets": O.to("meta")}, ValueError, "offsets must be on the device"),
+    "end": (([P], [W]), {"offsets": O * 2}, ValueError, "end at 0 to 3, the items .*; got 4$"),
+    "negative": (([P], [W]), {"offsets": -O}, ValueError, "end at 0 to 3, the items .*; got -2$"),
+    "range": (([P + 5], [W]), {}, IndexError, r"columns\[0\] must hold ids .*; got 5 at item 0$"),
+}
+
+
+@pytest.mark.parametrize("lane", [lane for lane in LANES if lane in ("plain", "cpu")])
+@pytest.mark.parametrize(
+    ("args", "options", "kind", "message"), PACKED_ERRORS.values(), ids=PACKED_ERRORS.keys()
+)
+def test_packed_errors(lane, args, options, kind, message):
+    with (
+        run_on(lane, "sequence_embedding"),
+        pytest.raises(kind, match=rf"^sequence_embedding: .*{message}"),
+    ):
+        sequence_embedding(*args, **{"offsets": O, **options})

@@ -109,7 +109,7 @@ template <typename S>
 void forward(const Layout& layout, const Special& special, bool sum, const S* vector, S* out) {
   using T = typename SumOf<S>::type;
   constexpr int64_t kTile = 64;
-  const int64_t count = layout.sessions * layout.positions, width = layout.width;
+  const int64_t count = special.items, width = layout.width;
   std::atomic<bool> wrong{false};
   torch::stable::parallel_for(0, count, kPositionsPerThread, [&](int64_t first, int64_t last) {
     std::vector<T> sums(static_cast<size_t>(sum ? kTile * width : 0));
@@ -131,15 +131,17 @@ void forward(const Layout& layout, const Special& special, bool sum, const S* ve
     }
   });
   if (wrong.load(std::memory_order_relaxed)) refuse_ids(layout.columns, count);
+  std::fill(out + count * width, out + layout.sessions * layout.positions * width, S(0));
 }
 
 Tensor sequence_embedding_fwd_cpu(std::vector<Tensor> columns,
                                   std::vector<std::optional<Tensor>> tables, bool sum,
                                   std::optional<Tensor> mask, std::optional<Tensor> mask_vector,
-                                  bool zero_padding, int64_t padding_idx) {
+                                  bool zero_padding, int64_t padding_idx,
+                                  std::optional<Tensor> offsets) {
   const Layout layout(columns, tables, sum);
   const Special special(layout.sessions, layout.positions, mask, first_ids(layout.columns),
-                        zero_padding, padding_idx);
+                        zero_padding, padding_idx, offsets);
   std::optional<Tensor> vector;
   CHECK(mask.has_value() == mask_vector.has_value(), kOp,
         ": mask and mask_vector must be given together");
@@ -202,7 +204,7 @@ struct Gradient {
 template <typename S>
 Gradient table_gradient(const Tensor& dout, const Column& c, const Special& special, int64_t width,
                         bool sparse) {
-  const int64_t count = dout.size(0) * dout.size(1);
+  const int64_t count = special.items;
   std::vector<IdAt> entries, spare;
   entries.reserve(static_cast<size_t>(count));
   for (int64_t i = 0; i < count; ++i) {
@@ -247,16 +249,16 @@ Tensor number_gradient(const Tensor& dout, const Column& c, const Special& speci
   Tensor out = torch::stable::new_empty(dout, {dout.size(0), dout.size(1), c.width});
   S* to = static_cast<S*>(out.mutable_data_ptr());
   const S* from = static_cast<const S*>(dout.const_data_ptr()) + c.start;
-  torch::stable::parallel_for(0, dout.size(0) * dout.size(1), kPositionsPerThread,
-                              [&](int64_t i, int64_t stop) {
-                                for (; i < stop; ++i) {
-                                  if (special.masked(i) || special.zero(i)) {
-                                    std::fill_n(to + i * c.width, c.width, S(0));
-                                  } else {
-                                    std::copy_n(from + i * width, c.width, to + i * c.width);
-                                  }
-                                }
-                              });
+  torch::stable::parallel_for(0, special.items, kPositionsPerThread, [&](int64_t i, int64_t stop) {
+    for (; i < stop; ++i) {
+      if (special.masked(i) || special.zero(i)) {
+        std::fill_n(to + i * c.width, c.width, S(0));
+      } else {
+        std::copy_n(from + i * width, c.width, to + i * c.width);
+      }
+    }
+  });
+  std::fill(to + special.items * c.width, to + out.numel(), S(0));
   return out;
 }
 
@@ -265,7 +267,7 @@ Tensor vector_gradient(const Tensor& dout, const Special& special, int64_t width
   Tensor out = torch::stable::new_empty(dout, {width});
   const S* from = static_cast<const S*>(dout.const_data_ptr());
   RowSum<S> sum(width);
-  for (int64_t i = 0; i < dout.size(0) * dout.size(1); ++i) {
+  for (int64_t i = 0; i < special.items; ++i) {
     if (special.masked(i)) sum.add(from + i * width);
   }
   sum.write(static_cast<S*>(out.mutable_data_ptr()));
@@ -275,7 +277,7 @@ Tensor vector_gradient(const Tensor& dout, const Special& special, int64_t width
 std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> sequence_embedding_bwd_cpu(
     Tensor dout_in, std::vector<std::optional<Tensor>> id_columns, std::vector<int64_t> rows,
     std::vector<int64_t> widths, bool sum, std::optional<Tensor> mask, bool zero_padding,
-    int64_t padding_idx, bool sparse, std::vector<int64_t> needs) {
+    int64_t padding_idx, bool sparse, std::vector<int64_t> needs, std::optional<Tensor> offsets) {
   const size_t count = id_columns.size();
   CHECK(dout_in.dim() == 3, kOp, ": dout must have shape (B, L, W)");
   CHECK(count > 0 && rows.size() == count && widths.size() == count && needs.size() == count + 1,
@@ -302,7 +304,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> sequence_embedding_
     }
     columns.push_back(c);
   }
-  const Special special(sessions, positions, mask, first_ids(columns), zero_padding, padding_idx);
+  const Special special(sessions, positions, mask, first_ids(columns), zero_padding, padding_idx,
+                        offsets);
   std::vector<Tensor> ids, gradients;
   Tensor vector = torch::stable::new_empty(dout, {0});
   by_dtype(dout.scalar_type(), [&](auto kind) {

@@ -130,11 +130,31 @@ struct Layout {
   std::vector<Tensor> kept;  // contiguous copies, alive while their data is used
 };
 
+// How many positions are read: all, or those up to the last offset of packed sessions.
+inline int64_t count_items(int64_t sessions, int64_t positions,
+                           const std::optional<Tensor>& packed) {
+  if (!packed.has_value()) return sessions * positions;
+  const Tensor& offsets = *packed;
+  CHECK_DIM(kOp, offsets, 1, "(B + 1,)");
+  CHECK_INT64(kOp, offsets);
+  const int64_t last = offsets.size(0) - 1;
+  CHECK(last >= 0 && sessions == 1, kOp,
+        ": offsets must have one entry at least, and columns with them one session");
+  const int64_t end = offsets.const_data_ptr<int64_t>()[last * offsets.stride(0)];
+  CHECK(end >= 0 && end <= positions, kOp, ": offsets must end at 0 to ", positions,
+        ", the items that there are; got ", end);
+  return end;
+}
+
 // Which positions are not those of the columns.
 struct Special {
   Special(int64_t sessions, int64_t positions, const std::optional<Tensor>& mask,
-          const Column* first, bool zero_padding, int64_t padding_idx)
-      : first(first), zero_padding(zero_padding), padding_idx(padding_idx) {
+          const Column* first, bool zero_padding, int64_t padding_idx,
+          const std::optional<Tensor>& offsets)
+      : items(count_items(sessions, positions, offsets)),
+        first(first),
+        zero_padding(zero_padding),
+        padding_idx(padding_idx) {
     CHECK(!zero_padding || first != nullptr, kOp, ": zero_padding needs an id column");
     if (!mask.has_value()) return;
     CHECK(mask->dim() == 2 && mask->size(0) == sessions && mask->size(1) == positions &&
@@ -146,6 +166,7 @@ struct Special {
   bool masked(int64_t i) const { return data != nullptr && data[place(i)]; }
   bool zero(int64_t i) const { return zero_padding && first->id(i) == padding_idx; }
 
+  int64_t items;  // the others are zero, and none of them is asked for
   const Column* first;
   bool zero_padding;
   int64_t padding_idx;

@@ -2,7 +2,8 @@
 // mask vector and the zeros of padding included, in one launch. Backward sorts the positions of
 // all tables by id; a row of a gradient is the sum of one run of equal ids, in the order of
 // positions: first of pieces of at most kPiece entries, then of pieces. The mask vector is a table
-// of one row. No atomics on floats, no sizes that depend on data.
+// of one row. Packed sessions are one session up to their last offset, read on the device. No
+// atomics on floats, no sizes that depend on data.
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -67,6 +68,14 @@ Place place_of(const Tensor& tensor) {
 
 // Which positions are not those of the columns. The mask wins over padding.
 struct Special {
+  // How many of `count` positions are read; the others are zero, and none of them is asked for.
+  __device__ int64_t items(int64_t count) const {
+    if (end == nullptr) return count;
+    const int64_t items = *end;
+    DEVICE_CHECK(items >= 0 && items <= count,
+                 "sequence_embedding: offsets must end at 0 to the items that there are");
+    return items;
+  }
   __device__ bool masked(int64_t i) const { return mask != nullptr && mask[mask_place(i)]; }
   __device__ bool zero(int64_t i) const {
     return first_ids != nullptr && first_ids[first_place(i)] == padding_idx;
@@ -75,6 +84,7 @@ struct Special {
   const int64_t* first_ids;  // null without zero_padding
   Place mask_place, first_place;
   int64_t padding_idx;
+  const int64_t* end;  // of packed sessions, else null
 };
 
 // A table and its ids (B, L), or numbers (B, L, width) without ids.
@@ -130,15 +140,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     concat_kernel(const __grid_constant__ Forward f) {
   const Column& c = f.columns[blockIdx.y];
   const int lane = threadIdx.x % c.lanes, groups = kThreads / c.lanes;
-  const int64_t step = int64_t{gridDim.x} * groups;
+  const int64_t step = int64_t{gridDim.x} * groups, items = f.special.items(f.count);
   for (int64_t i = int64_t{blockIdx.x} * groups + threadIdx.x / c.lanes; i < f.count; i += step) {
     int64_t stride = 1;
-    const char* from = source_of(c, i, f.element_bytes, &stride);
-    if (f.special.masked(i)) {
-      from = f.vector + c.start * f.element_bytes;
-      stride = 1;
-    } else if (f.special.zero(i)) {
-      from = nullptr;
+    const char* from = nullptr;
+    if (i < items) {
+      from = source_of(c, i, f.element_bytes, &stride);
+      if (f.special.masked(i)) {
+        from = f.vector + c.start * f.element_bytes;
+        stride = 1;
+      } else if (f.special.zero(i)) {
+        from = nullptr;
+      }
     }
     char* to = f.out + (i * f.width + c.start) * f.element_bytes;
     const int64_t bytes = c.width * f.element_bytes;
@@ -170,12 +183,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks) sum_kernel(const __grid_con
   using T = typename SumOf<S>::type;
   using Values = Pack<S, kWide>;
   const int groups = kThreads / f.lanes;
-  const int64_t step = int64_t{gridDim.x} * groups;
+  const int64_t step = int64_t{gridDim.x} * groups, items = f.special.items(f.count);
   for (int64_t i = int64_t{blockIdx.x} * groups + threadIdx.x / f.lanes; i < f.count; i += step) {
-    const bool masked = f.special.masked(i), zero = f.special.zero(i);
+    const bool inside = i < items, masked = inside && f.special.masked(i);
+    const bool zero = !inside || f.special.zero(i);
+    const int columns = inside ? f.column_count : 0;
     for (int64_t k = threadIdx.x % f.lanes * kWide; k < f.width; k += f.lanes * kWide) {
       T sums[kWide] = {};
-      for (int column = 0; column < f.column_count; ++column) {
+      for (int column = 0; column < columns; ++column) {
         int64_t stride = 1;
         const char* source = source_of(f.columns[column], i, f.element_bytes, &stride);
         const S* from = reinterpret_cast<const S*>(source) + k * stride;
@@ -248,9 +263,20 @@ int copy_bytes(const Column& c, const Forward& f) {
 }
 
 Special make_special(const Tensor& shape, const std::optional<Tensor>& mask, const Tensor* first,
-                     bool zero_padding, int64_t padding_idx) {
+                     bool zero_padding, int64_t padding_idx, const std::optional<Tensor>& packed) {
   Special special{};
   special.padding_idx = padding_idx;
+  if (packed.has_value()) {
+    const Tensor& offsets = *packed;
+    CHECK_DIM(kOp, offsets, 1, "(B + 1,)");
+    CHECK_INT64(kOp, offsets);
+    CHECK(offsets.size(0) > 0 && shape.size(0) == 1, kOp,
+          ": offsets must have one entry at least, and columns with them one session");
+    CHECK(offsets.get_device_index() == shape.get_device_index(), kOp,
+          ": offsets must be on device ", shape.get_device_index(), "; got ",
+          offsets.get_device_index());
+    special.end = offsets.const_data_ptr<int64_t>() + (offsets.size(0) - 1) * offsets.stride(0);
+  }
   CHECK(!zero_padding || first != nullptr, kOp, ": zero_padding needs an id column");
   if (zero_padding) {
     special.first_ids = first->const_data_ptr<int64_t>();
@@ -292,7 +318,8 @@ void launch_sum(Forward* f, cudaStream_t stream) {
 Tensor sequence_embedding_fwd_cuda(std::vector<Tensor> columns,
                                    std::vector<std::optional<Tensor>> tables, bool sum,
                                    std::optional<Tensor> mask, std::optional<Tensor> mask_vector,
-                                   bool zero_padding, int64_t padding_idx) {
+                                   bool zero_padding, int64_t padding_idx,
+                                   std::optional<Tensor> offsets) {
   CHECK(!columns.empty() && columns.size() == tables.size() && columns.size() <= kMostColumns, kOp,
         ": columns and tables must be equally many, 1 to ", kMostColumns, "; got ", columns.size(),
         " and ", tables.size());
@@ -304,7 +331,7 @@ Tensor sequence_embedding_fwd_cuda(std::vector<Tensor> columns,
   }
   const ScalarType type = typed->scalar_type();
   Forward f{};
-  f.special = make_special(like, mask, first, zero_padding, padding_idx);
+  f.special = make_special(like, mask, first, zero_padding, padding_idx, offsets);
   f.element_bytes = static_cast<int>(typed->element_size());
   f.column_count = static_cast<int>(columns.size());
   f.count = like.size(0) * like.size(1);
@@ -370,11 +397,14 @@ struct Keys {
 __global__ void __launch_bounds__(kThreads, kBlocks) keys_kernel(const __grid_constant__ Keys k) {
   const Sorted& list = k.lists[blockIdx.y];
   const size_t at = size_t{blockIdx.y} * k.n;
+  const int64_t items = k.special.items(k.n);
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < k.n;
        i += int64_t{gridDim.x} * kThreads) {
-    const bool masked = k.special.masked(i);
+    const bool inside = i < items, masked = inside && k.special.masked(i);
     uint32_t key = list.rows;
-    if (list.ids == nullptr) {
+    if (!inside) {
+      // no gradient
+    } else if (list.ids == nullptr) {
       if (masked) key = 0;
     } else if (!masked && !k.special.zero(i) && list.ids[list.place(i)] != k.special.padding_idx) {
       key = static_cast<uint32_t>(checked_id(list.ids, list.place, list.rows, i));
@@ -504,9 +534,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     numbers_kernel(const __grid_constant__ Numbers f) {
   const auto& c = f.columns[blockIdx.y];
   const int groups = kThreads / c.lanes;
-  const int64_t step = int64_t{gridDim.x} * groups;
+  const int64_t step = int64_t{gridDim.x} * groups, items = f.special.items(f.count);
   for (int64_t i = int64_t{blockIdx.x} * groups + threadIdx.x / c.lanes; i < f.count; i += step) {
-    const bool none = f.special.masked(i) || f.special.zero(i);
+    const bool none = i >= items || f.special.masked(i) || f.special.zero(i);
     const S* from = static_cast<const S*>(f.dout) + i * f.row_width + c.start;
     S* to = static_cast<S*>(c.out) + i * c.width;
     for (int64_t k = threadIdx.x % c.lanes; k < c.width; k += c.lanes) {
@@ -595,7 +625,7 @@ Gradient make_gradient(const Tensor& dout, int64_t count, int64_t rows, int64_t 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> sequence_embedding_bwd_cuda(
     Tensor dout_in, std::vector<std::optional<Tensor>> columns, std::vector<int64_t> rows,
     std::vector<int64_t> widths, bool sum, std::optional<Tensor> mask, bool zero_padding,
-    int64_t padding_idx, bool sparse, std::vector<int64_t> needs) {
+    int64_t padding_idx, bool sparse, std::vector<int64_t> needs, std::optional<Tensor> offsets) {
   const size_t count = columns.size();
   CHECK(dout_in.dim() == 3, kOp, ": dout must have shape (B, L, W)");
   CHECK(count > 0 && count <= kMostColumns && rows.size() == count && widths.size() == count &&
@@ -609,7 +639,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> sequence_embedding_
   for (size_t f = count; f-- > 0;) {
     if (columns[f].has_value()) first = &*columns[f];
   }
-  const Special special = make_special(dout, mask, first, zero_padding, padding_idx);
+  const Special special = make_special(dout, mask, first, zero_padding, padding_idx, offsets);
   Backward b;
   b.keys.special = b.numbers.special = special;
   b.keys.n = static_cast<uint32_t>(n);

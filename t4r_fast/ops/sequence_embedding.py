@@ -1,7 +1,8 @@
-"""sequence_embedding: from padded id and number columns to the input of a sequence model."""
+"""sequence_embedding: from the id and number columns of sessions to a sequence model's input."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from t4r_fast.ops._check import (
     FLOAT_DTYPES,
     check_device,
     check_int64,
+    check_offsets,
     check_values,
     checked,
     names,
@@ -29,6 +31,7 @@ def sequence_embedding(
     columns: Sequence[Tensor],
     tables: Sequence[Tensor | None],
     *,
+    offsets: Tensor | None = None,
     aggregation: str = "concat",
     mask: Tensor | None = None,
     mask_vector: Tensor | None = None,
@@ -36,40 +39,56 @@ def sequence_embedding(
     padding_idx: int = 0,
     sparse: bool | Sequence[bool] = False,
 ) -> Tensor:
-    """Look up, join and mask the columns of padded sequences.
+    """Look up, join and mask the columns of padded or packed sequences.
 
     parts = [table[column] for id columns, column itself for continuous ones]
     out   = concat(parts, -1) or sum(parts)
-    out[pad] = 0 with zero_padding; then out[mask] = mask_vector
+    out[pad] = 0 with zero_padding; then out[mask] = mask_vector; out[offsets[-1]:] = 0
 
-    columns       each (B, L) int64 ids with a table, or (B, L) or (B, L, W_f) numbers without one
+    columns       each (B, L) int64 ids with a table, or (B, L) or (B, L, W_f) numbers without one;
+                  with offsets (U,), or (U, W_f): U items of packed sessions
     tables        for each column (V_f, D_f), or None for a continuous column; one dtype for all:
                   float32, float16, bfloat16 or float64
+    offsets       (B + 1,) int64 of packed sessions. Only offsets[-1] is read, 0 to U: items behind
+                  it are never read, get zeros and have no gradient
     aggregation   "concat" in the order of columns, W = sum of widths; "sum", all widths equal
-    mask          (B, L) bool, positions that become mask_vector
+    mask          (B, L) or (U,) bool, positions that become mask_vector
     mask_vector   (W,)   dtype of the tables
-    zero_padding  positions whose first id column is padding_idx become 0; the mask wins
+    zero_padding  positions whose first id column is padding_idx become 0; the mask wins. Not with
+                  offsets
     padding_idx   the id of padding in all columns; as in torch.nn.Embedding its row of a table is
                   looked up but gets no gradient from here
     sparse        for all tables or for each column: the gradient is a sparse tensor of the rows
                   that occur, as in torch.nn.Embedding: for leaf tensors, and not for
                   torch.compile. A dense one is V x D zeros and the same rows; on a CPU, where
                   tied_softmax_loss has formed one of the same leaf, these rows are added to it. On
-                  a GPU a sparse one has B * L rows, zeros among them, not coalesced
-    returns       (B, L, W) in the dtype of the tables
+                  a GPU a sparse one has B * L or U rows, zeros among them, not coalesced
+    returns       (B, L, W) or (U, W) in the dtype of the tables
 
     Differentiable once in tables, continuous columns and mask_vector. Table gradients are sums in
     the order of positions, in float32 for 16-bit tables: deterministic. Tables and columns may be
-    views; a table whose rows are not contiguous is copied. B = 0 or L = 0 gives an empty result.
-    Raises ValueError or TypeError on shapes, dtypes and options, IndexError naming column, position
-    and id when an id is outside its table.
+    views; a table whose rows are not contiguous is copied. B = 0, L = 0 or U = 0 gives an empty
+    result. Raises ValueError or TypeError on shapes, dtypes, options and offsets, IndexError naming
+    column, position and id when an id is outside its table.
     Replaces transformers4rec.torch's SequenceEmbeddingFeatures, ConcatFeatures and
     MaskSequence.apply_mask_to_inputs.
     """
     columns, tables = list(columns), list(tables)
-    _check_columns(columns, tables)
-    width = _check_widths(columns, tables, aggregation)
-    _check_mask(columns, tables, mask, mask_vector, width)
+    lead = 2 if offsets is None else 1  # axes of all columns: (B, L) or (U,)
+    _check_columns(columns, tables, lead)
+    items = columns[0].shape[:lead]
+    width = _check_widths(columns, tables, aggregation, lead)
+    _check_mask(columns, tables, mask, mask_vector, width, items)
+    if offsets is not None:
+        check_offsets(_OP, offsets, "columns[0]", columns[0])
+        if zero_padding:
+            raise ValueError(
+                "sequence_embedding: zero_padding must be False with offsets: packed sessions hold"
+                " no padding"
+            )
+        # One session of U positions, up to the one that the kernels read from offsets
+        columns = [column[None] for column in columns]
+        mask = None if mask is None else mask[None]
     if zero_padding and all(table is None for table in tables):
         raise ValueError(
             "sequence_embedding: zero_padding needs an id column to find padding; got none"
@@ -83,44 +102,55 @@ def sequence_embedding(
         )
     sparse_for = tuple(s or m for s, m in zip(asked, managed))
     options = _Options(aggregation == "sum", zero_padding, padding_idx, sparse_for)
-    if not any(managed):
-        return _look_up(options, mask, mask_vector, columns, tables)
-    return eagerly(_look_up_managed, options, mask, mask_vector, columns, tables)
+    arguments = (options, mask, offsets, mask_vector, columns, tables)
+    out = eagerly(_look_up_managed, *arguments) if any(managed) else _look_up(*arguments)
+    return out if offsets is None else out[0]
 
 
 def _look_up(
     options: _Options,
     mask: Tensor | None,
+    offsets: Tensor | None,
     mask_vector: Tensor | None,
     columns: list[Tensor],
     tables: list[Tensor | None],
 ) -> Tensor:
     name = backend.pick(_OP, columns[0])
     if name == "plain":
-        _check_ids(columns, tables)
-        return plain.sequence_embedding(columns, tables, mask, mask_vector, *options)
+        _check_ids(columns, tables, offsets)
+        return plain.sequence_embedding(columns, tables, mask, mask_vector, offsets, *options)
     return checked(
         name,
-        lambda: _check_ids(columns, tables),
+        lambda: _check_ids(columns, tables, offsets),
         _SequenceEmbedding.apply,
-        *(options, mask, mask_vector, *columns, *tables),
+        *(options, mask, offsets, mask_vector, *columns, *tables),
     )
 
 
 def _look_up_managed(
     options: _Options,
     mask: Tensor | None,
+    offsets: Tensor | None,
     mask_vector: Tensor | None,
     columns: list[Tensor],
     tables: list[Tensor | None],
 ) -> Tensor:
     """Tables of an optimizer of t4r_fast.optim are brought up to date, and it gets their rows."""
-    _check_ids(columns, tables)  # the recorder reads them first
-    tables = [t if t is None else recorded(t, c.flatten) for c, t in zip(columns, tables)]
-    return _look_up(options, mask, mask_vector, columns, tables)
+    _check_ids(columns, tables, offsets)  # the recorder reads them first
+    padding_idx = options.padding_idx
+    read = [
+        c.flatten
+        if offsets is None or t is None
+        else functools.partial(plain.ids_inside, c.flatten(), t, offsets, padding_idx)
+        for c, t in zip(columns, tables)
+    ]
+    tables = [t if t is None else recorded(t, ids) for ids, t in zip(read, tables)]
+    return _look_up(options, mask, offsets, mask_vector, columns, tables)
 
 
-def _check_columns(columns: list[Tensor], tables: list[Tensor | None]) -> None:
+def _check_columns(columns: list[Tensor], tables: list[Tensor | None], lead: int) -> None:
+    """Columns have `lead` axes, and those of numbers maybe one more."""
+    axes = "(B, L)" if lead == 2 else "(U,)"
     if not columns or len(columns) != len(tables):
         raise ValueError(
             "sequence_embedding: columns and tables must be equally many, at least one; "
@@ -130,13 +160,13 @@ def _check_columns(columns: list[Tensor], tables: list[Tensor | None]) -> None:
     floats += [c for c, t in zip(columns, tables) if t is None]
     for index, (column, table) in enumerate(zip(columns, tables)):
         name = f"columns[{index}]"
-        if column.shape[:2] != columns[0].shape[:2] or column.dim() not in (2, 3):
+        if column.shape[:lead] != columns[0].shape[:lead] or column.dim() - lead not in (0, 1):
             raise ValueError(
-                f"sequence_embedding: {name} must have shape (B, L) of columns[0], "
-                f"{tuple(columns[0].shape[:2])}; got {tuple(column.shape)}"
+                f"sequence_embedding: {name} must have shape {axes} of columns[0], "
+                f"{tuple(columns[0].shape[:lead])}; got {tuple(column.shape)}"
             )
         if table is not None:
-            check_int64("sequence_embedding", name, column, "(B, L) because it has a table", 2)
+            check_int64("sequence_embedding", name, column, f"{axes} because it has a table", lead)
             if table.dim() != 2:
                 raise ValueError(
                     f"sequence_embedding: tables[{index}] must have shape (V, D); "
@@ -157,19 +187,38 @@ def _check_columns(columns: list[Tensor], tables: list[Tensor | None]) -> None:
         )
 
 
-def _check_ids(columns: list[Tensor], tables: list[Tensor | None]) -> None:
+def _check_ids(columns: list[Tensor], tables: list[Tensor | None], offsets: Tensor | None) -> None:
+    if offsets is not None:
+        _check_end(offsets, columns[0].shape[1])
     for index, (column, table) in enumerate(zip(columns, tables)):
-        if table is not None:
-            check_values(
-                (column < 0) | (column >= table.shape[0]),
-                column,
-                f"sequence_embedding: columns[{index}] must hold ids from 0 to "
-                f"{table.shape[0] - 1} (tables[{index}] has {table.shape[0]} rows)",
-                "position",
-            )
+        if table is None:
+            continue
+        wrong = (column < 0) | (column >= table.shape[0])
+        if offsets is not None:
+            column = column[0]
+            wrong = wrong[0] & plain.is_inside(column.shape[0], offsets)
+        check_values(
+            wrong,
+            column,
+            f"sequence_embedding: columns[{index}] must hold ids from 0 to "
+            f"{table.shape[0] - 1} (tables[{index}] has {table.shape[0]} rows)",
+            "position" if offsets is None else "item",
+        )
 
 
-def _check_widths(columns: list[Tensor], tables: list[Tensor | None], aggregation: str) -> int:
+def _check_end(offsets: Tensor, size: int) -> None:
+    right = (offsets[-1] >= 0) & (offsets[-1] <= size)
+    rule = f"sequence_embedding: offsets must end at 0 to {size}, the items that there are"
+    if torch.compiler.is_compiling() or offsets.device.type != "cpu":
+        torch._assert_async(right, rule)
+    elif not bool(right):
+        raise ValueError(f"{rule}; got {int(offsets[-1])}")
+
+
+def _check_widths(
+    columns: list[Tensor], tables: list[Tensor | None], aggregation: str, lead: int
+) -> int:
+    """The width of the output."""
     if aggregation not in AGGREGATIONS:
         raise ValueError(
             f"sequence_embedding: aggregation must be one of {', '.join(AGGREGATIONS)}; "
@@ -180,7 +229,7 @@ def _check_widths(columns: list[Tensor], tables: list[Tensor | None], aggregatio
         if table is not None:
             widths.append(table.shape[1])
         else:
-            widths.append(column.shape[2] if column.dim() == 3 else 1)
+            widths.append(column.shape[lead] if column.dim() > lead else 1)
     if aggregation == "concat":
         return sum(widths)
     if len(set(widths)) > 1:
@@ -196,14 +245,15 @@ def _check_mask(
     mask: Tensor | None,
     mask_vector: Tensor | None,
     width: int,
+    items: torch.Size,
 ) -> None:
     if (mask is None) != (mask_vector is None):
         raise ValueError("sequence_embedding: mask and mask_vector must be given together")
     if mask is None or mask_vector is None:
         return
-    if mask.shape != columns[0].shape[:2] or mask.dtype != torch.bool:
+    if mask.shape != items or mask.dtype != torch.bool:
         raise ValueError(
-            f"sequence_embedding: mask must be bool {tuple(columns[0].shape[:2])}; "
+            f"sequence_embedding: mask must be bool {tuple(items)}; "
             f"got {mask.dtype} {tuple(mask.shape)}"
         )
     value = next((t for t in tables if t is not None), columns[0])
@@ -223,11 +273,15 @@ class _Options(NamedTuple):
 
 
 class _SequenceEmbedding(torch.autograd.Function):
-    # Four parameters, and an even number of arguments: torch.compile leaves ctx out where there is
+    # Five parameters, and an odd number of arguments: torch.compile leaves ctx out where there is
     # one argument more than there are parameters (torch 2.13, no gradient needed).
     @staticmethod
     def forward(
-        ctx: Any, options: _Options, mask: Tensor | None, *vector_columns_tables: Tensor | None
+        ctx: Any,
+        options: _Options,
+        mask: Tensor | None,
+        offsets: Tensor | None,
+        *vector_columns_tables: Tensor | None,
     ) -> Tensor:
         mask_vector, *both = vector_columns_tables
         count = len(both) // 2
@@ -241,7 +295,7 @@ class _SequenceEmbedding(torch.autograd.Function):
         # only which tensors they are.
         ctx.tables = [t if t is not None and may_share_gradient(t) else None for t in tables]
         ids = [None if table is None else column for column, table in zip(columns, tables)]
-        ctx.save_for_backward(mask, *ids)
+        ctx.save_for_backward(mask, offsets, *ids)
         return backend.ops(ctx.backend, plain).sequence_embedding_fwd(
             columns,
             tables,
@@ -250,16 +304,17 @@ class _SequenceEmbedding(torch.autograd.Function):
             mask_vector,
             options.zero_padding,
             options.padding_idx,
+            offsets,
         )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        mask, *columns = ctx.saved_tensors
+        mask, offsets, *columns = ctx.saved_tensors
         count, options, needs = len(columns), ctx.options, ctx.needs_input_grad
         formed = [None if table is None else formed_gradient(table) for table in ctx.tables]
         sparse = [s or g is not None for s, g in zip(options.sparse, formed)]
-        of_columns, of_tables = needs[3 : 3 + count], needs[3 + count :]
+        of_columns, of_tables = needs[4 : 4 + count], needs[4 + count :]
         widths = [
             1 if ids is None and len(shape) == 2 else shape[-1]
             for ids, shape in zip(columns, ctx.shapes)
@@ -274,7 +329,8 @@ class _SequenceEmbedding(torch.autograd.Function):
             options.zero_padding,
             options.padding_idx,
             any(sparse),
-            [int(c or t) for c, t in zip(of_columns, of_tables)] + [int(needs[2])],
+            [int(c or t) for c, t in zip(of_columns, of_tables)] + [int(needs[3])],
+            offsets,
         )
         dcolumns: list[Tensor | None] = [None] * count
         dtables: list[Tensor | None] = [None] * count
@@ -297,7 +353,7 @@ class _SequenceEmbedding(torch.autograd.Function):
                 dtables[f] = dense.index_add_(0, ids[f], gradients[f])
             elif of_tables[f]:
                 dtables[f] = gradients[f]
-        return None, None, vector if needs[2] else None, *dcolumns, *dtables
+        return None, None, None, vector if needs[3] else None, *dcolumns, *dtables
 
 
 def _fake_fwd(
@@ -308,6 +364,7 @@ def _fake_fwd(
     mask_vector: Tensor | None,
     zero_padding: bool,
     padding_idx: int,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     widths = [
         table.shape[1] if table is not None else column.shape[2] if column.dim() == 3 else 1
@@ -332,6 +389,7 @@ def _fake_bwd(
     padding_idx: int,
     sparse: bool,
     needs: list[int],
+    offsets: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Gradients of columns: their shape. Of tables: dense, or ids and rows if sparse.
 
@@ -361,13 +419,13 @@ def _fake_bwd(
 backend.declare(
     _OP,
     "sequence_embedding_fwd(Tensor[] columns, Tensor?[] tables, bool sum, Tensor? mask, "
-    "Tensor? mask_vector, bool zero_padding, int padding_idx) -> Tensor",
+    "Tensor? mask_vector, bool zero_padding, int padding_idx, Tensor? offsets=None) -> Tensor",
     fake=_fake_fwd,
 )
 backend.declare(
     _OP,
     "sequence_embedding_bwd(Tensor dout, Tensor?[] columns, int[] rows, int[] widths, bool sum, "
-    "Tensor? mask, bool zero_padding, int padding_idx, bool sparse, int[] needs)"
-    " -> (Tensor[], Tensor[], Tensor)",
+    "Tensor? mask, bool zero_padding, int padding_idx, bool sparse, int[] needs, "
+    "Tensor? offsets=None) -> (Tensor[], Tensor[], Tensor)",
     fake=_fake_bwd,
 )
