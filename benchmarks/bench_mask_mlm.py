@@ -5,20 +5,33 @@ from __future__ import annotations
 import torch
 
 import t4r_fast
-from benchmarks.case import Benchmark, Case, Inputs, Outputs, Provider, Work, sessions
+from benchmarks.case import Benchmark, Case, Inputs, Outputs, Provider, Work, packed, sessions
 
 CASES = [
     Case("train", {"B": 256, "L": 20}, "quick", shown=True),
     Case("train", {"B": 4096, "L": 50}),
+    Case("packed", {"B": 256, "L": 20}),
 ]
 
 
 def inputs(case: Case, dtype: torch.dtype) -> Inputs:
-    return {"item_ids": sessions(case), "seed": torch.tensor([3, 4])}
+    item_ids = sessions(case)
+    found = {"item_ids": item_ids, "seed": torch.tensor([3, 4])}
+    return {**found, **packed(item_ids)} if case.kind == "packed" else found
 
 
-def ours(x: Inputs) -> Outputs:
+def padded(x: Inputs) -> Outputs:
     return t4r_fast.mask_mlm(x["item_ids"], seed=x["seed"])._asdict()
+
+
+def of_packed(x: Inputs) -> Outputs:
+    return t4r_fast.mask_mlm(x["items"], offsets=x["offsets"], seed=x["seed"])._asdict()
+
+
+def beside_packed(x: Inputs) -> Outputs:
+    """The padded call on the same sessions; its outputs have other shapes."""
+    padded(x)
+    return {}
 
 
 def transformers4rec(x: Inputs) -> Outputs:
@@ -47,6 +60,8 @@ def transformers4rec(x: Inputs) -> Outputs:
 def work(case: Case, size: int) -> Work:
     """Ids read; targets and the row list of int64 and the mask of one byte written."""
     positions = case["B"] * case["L"]
+    if case.kind == "packed":  # 2 to L items in a session
+        positions = case["B"] * (case["L"] + 2) // 2
     return Work(read=8 * positions, written=17 * positions)
 
 
@@ -55,8 +70,13 @@ BENCHMARK = Benchmark(
     CASES,
     inputs,
     [
-        Provider("t4r_fast", lambda case: ours, ours=True),
+        Provider(
+            "t4r_fast", lambda case: of_packed if case.kind == "packed" else padded, ours=True
+        ),
         Provider("Transformers4Rec's steps", lambda case: transformers4rec),
+        Provider(
+            "t4r_fast, padded", lambda case: beside_packed, only=lambda case: case.kind == "packed"
+        ),
     ],
     work,
 )

@@ -30,6 +30,7 @@ CASES = [
     Case("fwd+bwd", {"B": 256, "L": 20, "V": TUTORIAL_V, "D": 64}, "quick", shown=True),
     Case("fwd+bwd", {"B": 256, "L": 20, "V": MANY, "D": 64}, shown=True),
     Case("fwd+bwd_sparse", {"B": 256, "L": 20, "V": MANY, "D": 64}, wide=True, shown=True),
+    Case("fwd+bwd_packed", {"B": 256, "L": 20, "V": TUTORIAL_V, "D": 64}),
 ]
 
 
@@ -59,6 +60,14 @@ def lookup(case: Case, function) -> Call:
 
 
 def ours(case: Case) -> Call:
+    if case.kind == "fwd+bwd_packed":
+        offsets = torch.arange(0, case["B"] * case["L"] + 1, case["L"])
+
+        def of_packed(ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+            out = t4r_fast.sequence_embedding([ids.flatten()], [table], offsets=offsets)
+            return out.view(*ids.shape, -1)
+
+        return lookup(case, of_packed)
     sparse = case.kind == "fwd+bwd_sparse"
     return lookup(
         case, lambda ids, table: t4r_fast.sequence_embedding([ids], [table], sparse=sparse)
@@ -115,7 +124,7 @@ def work(case: Case, size: int) -> Work:
     rows = case["B"] * case["L"] * case["D"] * size
     if case.kind == "fwd":
         return Work(gather=rows, written=rows)
-    dense = case["V"] * case["D"] * size * (case.kind == "fwd+bwd")
+    dense = case["V"] * case["D"] * size * (case.kind != "fwd+bwd_sparse")
     return Work(gather=rows, read=rows, written=2 * rows + dense)
 
 

@@ -151,13 +151,11 @@ def sessions(case: Case) -> Tensor:
     return torch.where(torch.arange(case["L"]) < length, items, 0)
 
 
-def row_places(count: int) -> Tensor:
-    """Places of packed rows, session << 32 | position: sessions of 2 to 10 items."""
-    generator = torch.Generator().manual_seed(2)
-    lengths = torch.randint(2, 11, (count,), generator=generator)
-    session = torch.arange(count).repeat_interleave(lengths)[:count]
-    starts = torch.cumsum(lengths, 0) - lengths
-    return session << 32 | (torch.arange(count) - starts[session])
+def packed(item_ids: Tensor) -> dict[str, Tensor]:
+    """The items of (B, L) sessions one after the other, and their offsets."""
+    item = item_ids != 0
+    ends = item.sum(1).cumsum(0)
+    return {"items": item_ids[item], "offsets": torch.cat([ends.new_zeros(1), ends])}
 
 
 def in_turn(batches: Tensor) -> Callable[[], Tensor]:

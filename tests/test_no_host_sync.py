@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from t4r_fast.config.trainer import T4RecTrainingArguments
-from t4r_fast.ops._check import check_target_values
-from t4r_fast.ops._sequence_mask import check_padding
+from t4r_fast.ops._check import check_last_offset, check_target_values
+from t4r_fast.ops._sequence_mask import check_packed, check_padding
 from t4r_fast.torch.trainer import Trainer
 from t4r_fast.tutorial import models
 
@@ -120,5 +120,7 @@ def test_checks_of_values_do_not_wait_for_a_device():
     with Waits() as watch:
         check_target_values("op", hidden, items, target, target, -100)
         check_padding("op", target[None], 0)
+        check_packed("op", target, target, 0)
+        check_last_offset("op", target, 3)
     assert watch.calls
     assert not watch.found

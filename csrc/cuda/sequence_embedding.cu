@@ -68,13 +68,12 @@ Place place_of(const Tensor& tensor) {
 
 // Which positions are not those of the columns. The mask wins over padding.
 struct Special {
-  // How many of `count` positions are read; the others are zero, and none of them is asked for.
-  __device__ int64_t items(int64_t count) const {
-    if (end == nullptr) return count;
-    const int64_t items = *end;
-    DEVICE_CHECK(items >= 0 && items <= count,
+  // Whether a position is read: those behind packed sessions are zero, and have no gradient. Asked
+  // for each, for a limit that is kept takes registers from padded sessions too.
+  __device__ bool inside(int64_t i) const { return end == nullptr || i < *end; }
+  __device__ void check_end(int64_t count) const {
+    DEVICE_CHECK(end == nullptr || (*end >= 0 && *end <= count),
                  "sequence_embedding: offsets must end at 0 to the items that there are");
-    return items;
   }
   __device__ bool masked(int64_t i) const { return mask != nullptr && mask[mask_place(i)]; }
   __device__ bool zero(int64_t i) const {
@@ -140,11 +139,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     concat_kernel(const __grid_constant__ Forward f) {
   const Column& c = f.columns[blockIdx.y];
   const int lane = threadIdx.x % c.lanes, groups = kThreads / c.lanes;
-  const int64_t step = int64_t{gridDim.x} * groups, items = f.special.items(f.count);
+  const int64_t step = int64_t{gridDim.x} * groups;
+  f.special.check_end(f.count);
   for (int64_t i = int64_t{blockIdx.x} * groups + threadIdx.x / c.lanes; i < f.count; i += step) {
     int64_t stride = 1;
     const char* from = nullptr;
-    if (i < items) {
+    if (f.special.inside(i)) {
       from = source_of(c, i, f.element_bytes, &stride);
       if (f.special.masked(i)) {
         from = f.vector + c.start * f.element_bytes;
@@ -183,14 +183,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks) sum_kernel(const __grid_con
   using T = typename SumOf<S>::type;
   using Values = Pack<S, kWide>;
   const int groups = kThreads / f.lanes;
-  const int64_t step = int64_t{gridDim.x} * groups, items = f.special.items(f.count);
+  const int64_t step = int64_t{gridDim.x} * groups;
+  f.special.check_end(f.count);
   for (int64_t i = int64_t{blockIdx.x} * groups + threadIdx.x / f.lanes; i < f.count; i += step) {
-    const bool inside = i < items, masked = inside && f.special.masked(i);
+    const bool inside = f.special.inside(i), masked = inside && f.special.masked(i);
     const bool zero = !inside || f.special.zero(i);
-    const int columns = inside ? f.column_count : 0;
     for (int64_t k = threadIdx.x % f.lanes * kWide; k < f.width; k += f.lanes * kWide) {
       T sums[kWide] = {};
-      for (int column = 0; column < columns; ++column) {
+      for (int column = 0; inside && column < f.column_count; ++column) {
         int64_t stride = 1;
         const char* source = source_of(f.columns[column], i, f.element_bytes, &stride);
         const S* from = reinterpret_cast<const S*>(source) + k * stride;
@@ -397,10 +397,10 @@ struct Keys {
 __global__ void __launch_bounds__(kThreads, kBlocks) keys_kernel(const __grid_constant__ Keys k) {
   const Sorted& list = k.lists[blockIdx.y];
   const size_t at = size_t{blockIdx.y} * k.n;
-  const int64_t items = k.special.items(k.n);
+  k.special.check_end(k.n);
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < k.n;
        i += int64_t{gridDim.x} * kThreads) {
-    const bool inside = i < items, masked = inside && k.special.masked(i);
+    const bool inside = k.special.inside(i), masked = inside && k.special.masked(i);
     uint32_t key = list.rows;
     if (!inside) {
       // no gradient
@@ -534,9 +534,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     numbers_kernel(const __grid_constant__ Numbers f) {
   const auto& c = f.columns[blockIdx.y];
   const int groups = kThreads / c.lanes;
-  const int64_t step = int64_t{gridDim.x} * groups, items = f.special.items(f.count);
+  const int64_t step = int64_t{gridDim.x} * groups;
+  f.special.check_end(f.count);
   for (int64_t i = int64_t{blockIdx.x} * groups + threadIdx.x / c.lanes; i < f.count; i += step) {
-    const bool none = i >= items || f.special.masked(i) || f.special.zero(i);
+    const bool none = !f.special.inside(i) || f.special.masked(i) || f.special.zero(i);
     const S* from = static_cast<const S*>(f.dout) + i * f.row_width + c.start;
     S* to = static_cast<S*>(c.out) + i * c.width;
     for (int64_t k = threadIdx.x % c.lanes; k < c.width; k += c.lanes) {

@@ -90,6 +90,16 @@ def check_offset_values(op: str, offsets: Tensor, size: int) -> None:
         raise ValueError(f"{rule}; got {int(offsets[place])} at entry {place}")
 
 
+def check_last_offset(op: str, offsets: Tensor, size: int) -> None:
+    """ValueError unless packed sessions end within the size items that there are."""
+    right = (offsets[-1] >= 0) & (offsets[-1] <= size)
+    rule = f"{op}: offsets must end at 0 to {size}, the items that there are"
+    if torch.compiler.is_compiling() or offsets.device.type != "cpu":
+        torch._assert_async(right, rule)
+    elif not bool(right):
+        raise ValueError(f"{rule}; got {int(offsets[-1])}")
+
+
 def check_target(
     op: str, hidden: Tensor, items: Tensor, target: Tensor, rows: Tensor | None, ignore_index: int
 ) -> None:

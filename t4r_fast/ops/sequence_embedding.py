@@ -15,6 +15,7 @@ from t4r_fast.ops._check import (
     FLOAT_DTYPES,
     check_device,
     check_int64,
+    check_last_offset,
     check_offsets,
     check_values,
     checked,
@@ -189,7 +190,7 @@ def _check_columns(columns: list[Tensor], tables: list[Tensor | None], lead: int
 
 def _check_ids(columns: list[Tensor], tables: list[Tensor | None], offsets: Tensor | None) -> None:
     if offsets is not None:
-        _check_end(offsets, columns[0].shape[1])
+        check_last_offset(_OP, offsets, columns[0].shape[1])
     for index, (column, table) in enumerate(zip(columns, tables)):
         if table is None:
             continue
@@ -204,15 +205,6 @@ def _check_ids(columns: list[Tensor], tables: list[Tensor | None], offsets: Tens
             f"{table.shape[0] - 1} (tables[{index}] has {table.shape[0]} rows)",
             "position" if offsets is None else "item",
         )
-
-
-def _check_end(offsets: Tensor, size: int) -> None:
-    right = (offsets[-1] >= 0) & (offsets[-1] <= size)
-    rule = f"sequence_embedding: offsets must end at 0 to {size}, the items that there are"
-    if torch.compiler.is_compiling() or offsets.device.type != "cpu":
-        torch._assert_async(right, rule)
-    elif not bool(right):
-        raise ValueError(f"{rule}; got {int(offsets[-1])}")
 
 
 def _check_widths(
