@@ -122,7 +122,8 @@ def ranked(op):
         if op == "item_topk":
             exclude = place(target[:, None])
             return list(t4r_fast.item_topk(**inputs, k=min(v, 20), exclude=exclude))
-        return list(t4r_fast.target_rank(**inputs, target=target))
+        rank, *sums = t4r_fast.target_rank(**inputs, target=target, return_lse=True)
+        return [*t4r_fast.target_rank(**inputs, target=target), *rank, *sums]
 
     return run
 

@@ -197,7 +197,8 @@ def test_opcheck(function):
     if function == "fwd":
         torch.library.opcheck(ops.tied_softmax_loss_fwd, (*tensors, *options, 96, False))
     if function == "rank":
-        torch.library.opcheck(ops.target_rank_fwd, (*tensors, -100))
+        for need_lse in (False, True):
+            torch.library.opcheck(ops.target_rank_fwd, (*tensors, 2.0, -100, need_lse))
     if function == "topk":
         hidden, items, _, bias, rows = tensors
         exclude = torch.arange(18).reshape(9, 2)

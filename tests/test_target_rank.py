@@ -1,10 +1,12 @@
-"""target_rank against a count over the full scores, exactly, on scores that have no rounding."""
+"""target_rank against a count over the full scores, exactly, on scores that have no rounding; score
+and lse against the formula in float64."""
 
+import functools
 import math
 
 import pytest
 import torch
-from harness import LargestTensor, lanes, run_on
+from harness import LargestTensor, check, lanes, run_on
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -207,18 +209,167 @@ def test_rank_is_the_place_in_item_topk(lane):
     assert (rank.tied_before + rank.tied_after).sum() > 0
 
 
+# -- score and lse ---------------------------------------------------------------------------------
+
+
+@functools.wraps(target_rank)
+def score_and_lse(*args, **kwargs):
+    return target_rank(*args, **kwargs, return_lse=True)[1:]
+
+
+def formula(hidden, items, target, bias=None, rows=None, temperature=1.0, ignore_index=-100):
+    z = hidden @ items.T
+    z = (z if bias is None else z + bias) / temperature
+    found = [z.gather(1, target.clamp(min=0)[:, None])[:, 0], z.logsumexp(1)]
+    found = [t.where(target != ignore_index, 0.0) for t in found]
+    if rows is not None:
+        found = [t[rows.clamp(min=0)].where(rows >= 0, 0.0) for t in found]
+    return tuple(found)
+
+
+def uneven(n, v, d, scale=1.0):
+    """Rows whose scores have widths from 0.01 to some 10 times scale, with an ignored one."""
+    g = torch.Generator().manual_seed(n * 101 + v)
+    hidden = torch.randn(n, d, generator=g) * torch.logspace(-2, 1, n)[:, None] * scale
+    items = torch.randn(v, d, generator=g) / d**0.5
+    target = torch.randint(0, v, (n,), generator=g)
+    if n > 4:
+        target[3] = -100
+    return {"hidden": hidden, "items": items, "target": target}
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 8, 3), (37, 29, 5), (65, 1291, 33)], ids=str)
+@pytest.mark.usefixtures("chunks")
+def test_score_and_lse(lane, dtype, shape):
+    check(lane, score_and_lse, formula, uneven(*shape), {}, dtype)
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("temperature", [0.3, 7.0])
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+@pytest.mark.usefixtures("chunks")
+def test_score_and_lse_with_options(lane, temperature, scale):
+    inputs = uneven(20, 200, 8, scale)
+    inputs["bias"] = torch.randn(200, generator=torch.Generator().manual_seed(1))
+    inputs["bias"][::9] = -math.inf
+    inputs["target"] = torch.where(inputs["target"] % 9 == 0, 1, inputs["target"])
+    inputs["rows"] = torch.tensor([19, -1, 3, 2, 2, 0, -9, *range(4, 19)])
+    check(lane, score_and_lse, formula, inputs, {"temperature": temperature}, torch.float32)
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.usefixtures("chunks")
+def test_ranks_are_the_same_with_lse(lane):
+    inputs = uneven(50, 700, 24)
+    with run_on(lane, "target_rank") as device:
+        moved = {name: t.to(device) for name, t in inputs.items()}
+        alone = target_rank(**moved)
+        rank, score, lse = target_rank(**moved, temperature=0.3, return_lse=True)
+    same(rank, [t.cpu() for t in alone])
+    assert score[3] == lse[3] == 0
+    assert rank.above[3] == -1
+
+
+@pytest.mark.parametrize("lane", [lane for lane in LANES if not lane.startswith("plain")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lse_does_not_depend_on_other_rows(lane, dtype):
+    """Bit for bit: not on their number, their place, or how large their scores are."""
+    inputs = uneven(130, 2000, 24)
+    inputs["hidden"] = inputs["hidden"].to(dtype)
+    inputs["items"] = inputs["items"].to(dtype)
+    with run_on(lane, "target_rank") as device:
+        moved = {name: t.to(device) for name, t in inputs.items()}
+        _, *every = target_rank(**moved, return_lse=True)
+        for rows in (torch.arange(100, 109), torch.arange(130).flip(0), torch.arange(0, 130, 4)):
+            rows = rows.to(device)
+            _, *some = target_rank(**moved, rows=rows, return_lse=True)
+            for a, b in zip(every, some, strict=True):
+                assert torch.equal(a[rows], b)
+
+
+def test_a_last_chunk_of_few_rows_is_summed_as_the_others():
+    """Rows so wide that 48 of them fill the workspace: 3 more do not go by themselves."""
+    hidden = torch.randn(60, 2**18, generator=torch.Generator().manual_seed(0))
+    items = torch.randn(5, 2**18, generator=torch.Generator().manual_seed(1)) / 2**9
+    target = torch.arange(60) % 5
+    with run_on("cpu", "target_rank"):
+        _, _, every = target_rank(hidden, items, target, return_lse=True)
+        _, _, some = target_rank(hidden[:51], items, target[:51], return_lse=True)
+    assert torch.equal(every[:51], some)
+
+
+def test_lse_does_not_depend_on_the_threads():
+    inputs = uneven(64, 9001, 32)
+    before = torch.get_num_threads()
+    found = []
+    with run_on("cpu", "target_rank"):
+        try:
+            for threads in (1, 2, 3, 7):
+                torch.set_num_threads(threads)
+                found.append(target_rank(**inputs, return_lse=True))
+        finally:
+            torch.set_num_threads(before)
+    for rank, score, lse in found[1:]:
+        same(rank, found[0][0])
+        assert torch.equal(score, found[0][1])
+        assert torch.equal(lse, found[0][2])
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.usefixtures("chunks")
+def test_lse_of_what_is_not_finite(lane):
+    """-inf takes an item out, the target too; of nothing lse is -inf. nan and inf give nan."""
+    bias = torch.zeros(20)
+    hidden, items = torch.ones(4, 1), torch.zeros(20, 1)
+    found = []
+    with run_on(lane, "target_rank") as device:
+        for place, value in (
+            (3, -math.inf),
+            (slice(None), -math.inf),
+            (5, math.nan),
+            (5, math.inf),
+        ):
+            changed = bias.clone()
+            changed[place] = value
+            target = torch.tensor([3, 4, 3, 0])
+            moved = [t.to(device) for t in (hidden, items, target)]
+            _, score, lse = target_rank(*moved, bias=changed.to(device), return_lse=True)
+            assert torch.equal(score.cpu(), changed[target])
+            found.append(lse.cpu())
+    torch.testing.assert_close(found[0], torch.full((4,), math.log(19)))
+    assert torch.equal(found[1], torch.full((4,), -math.inf))
+    assert found[2].isnan().all()
+    assert found[3].isnan().all()
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_a_lone_item_has_no_loss(lane):
+    hidden = torch.linspace(-300, 300, 41)[:, None]
+    with run_on(lane, "target_rank") as device:
+        args = (hidden.to(device), torch.full((1, 1), 0.7, device=device))
+        target = torch.zeros(41, dtype=torch.int64, device=device)
+        _, score, lse = target_rank(*args, target, temperature=0.3, return_lse=True)
+    assert torch.equal(score, lse)
+
+
 def test_memory_is_one_chunk(monkeypatch):
     monkeypatch.setattr(_scores, "CHUNK_BYTES", 64 * 100 * 8)
     monkeypatch.setattr(_scores, "MIN_CHUNK", 1)
     hidden, items, target = whole(64, 2000, 4)
     with backend.use("plain"), LargestTensor() as seen:
         target_rank(hidden, items, target)
+        target_rank(hidden, items, target, return_lse=True)
     assert seen.elements <= 64 * 100
 
 
 def test_no_gradient():
     hidden, items, target = whole(4, 9, 3)
     assert not target_rank(hidden.requires_grad_(), items, target).above.requires_grad
+    _, score, lse = target_rank(hidden, items, target, return_lse=True)
+    assert not score.requires_grad
+    assert not lse.requires_grad
 
 
 def test_compiles_to_one_graph():
@@ -226,7 +377,9 @@ def test_compiles_to_one_graph():
     target[2] = -100
 
     def step(h):
-        return tuple(target_rank(h, items, target, rows=torch.tensor([0, 2, -1, 12])))
+        rows = torch.tensor([0, 2, -1, 12])
+        rank, *sums = target_rank(h, items, target, rows=rows, temperature=2.0, return_lse=True)
+        return *rank, *sums, *target_rank(h, items, target, rows=rows)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(hidden)
     assert all(torch.equal(a, b) for a, b in zip(step(hidden), compiled, strict=True))
@@ -241,6 +394,7 @@ ERRORS = {
     "target shape": ((H, W, T[:2]), {}, ValueError, "one entry per row of hidden, 3; got 2"),
     "target dtype": ((H, W, T.int()), {}, TypeError, "target must be int64; got torch.int32"),
     "target range": ((H, W, T + 2), {}, IndexError, "target < 5 .*-100; got 6 at row 2"),
+    "temperature": ((H, W, T), {"temperature": 0}, ValueError, "temperature must be > 0; got 0"),
     "rows range": ((H, W, T), {"rows": T}, IndexError, "rows must be < 3 .* got 4 at entry 2"),
     "named target": ((H, W, T + 2), {"rows": T[:1] + 2}, IndexError, "got 6 at entry of rows 0"),
 }

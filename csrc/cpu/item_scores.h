@@ -74,6 +74,22 @@ void pack_rows(const Matrix& from, const int64_t* source, const PackedRows<typen
   }
 }
 
+// ---- sums of exponentials
+
+// Where the highest of new scores exceeds a row's top by more than kSlack it becomes the top, and
+// factor is what the row's sums are to be multiplied by. False if no row has one; factor is not
+// written then. A row's top does not depend on its neighbours in the vector.
+template <class X>
+ALWAYS_INLINE bool raise_top(typename X::V highest, typename X::T* top, typename X::T* factor) {
+  const typename X::V old = X::load(top);
+  const typename X::M higher = X::greater(highest, X::add(old, X::set1(kSlack)));
+  if (!X::bits(higher)) return false;
+  const typename X::V raised = X::select(higher, highest, old);
+  X::store(factor, X::exp(X::sub(old, raised)));
+  X::store(top, raised);
+  return true;
+}
+
 // ---- tiles of items
 
 template <typename T>

@@ -1,8 +1,11 @@
 // target_rank: one pass over the items that counts, per row, those scored above and equal to the
-// target. A thread counts its range of items; integers add in any order.
+// target. A thread counts its range of items; integers add in any order. The log-sum-exp of a row
+// is that of fixed parts of the items, merged in their order: its bits depend neither on the number
+// of threads nor on the other rows.
 #include "target_rank.h"
 
 #include <cmath>
+#include <limits>
 #include <tuple>
 
 #include "item_rows.h"
@@ -37,65 +40,113 @@ const RankKernels<double>& kernels<double>() {
   return CHOOSE_BY_ISA(target_rank_f64);
 }
 
-struct Counts {
+// Of the items, for the sums. More threads than parts have nothing to do.
+constexpr int64_t kParts = 64;
+
+template <typename T>
+struct Ranks {
   int64_t *above, *before, *after;
+  T *score, *lse;  // or null
+  double temperature;
 };
+
+// Of one row, from the sums of parts.
+template <typename T>
+double log_sum_exp(int64_t parts, int64_t apart, const T* top, const double* total) {
+  T highest = std::numeric_limits<T>::lowest();
+  for (int64_t p = 0; p < parts; ++p) highest = std::max(highest, top[p * apart]);
+  double sum = 0;
+  for (int64_t p = 0; p < parts; ++p) {
+    sum += total[p * apart] * std::exp(static_cast<double>(top[p * apart]) - highest);
+  }
+  return highest + std::log(sum);
+}
 
 template <typename T>
 void rank_chunk(const Scores& scores, const Kept& kept, int64_t first, int64_t count,
-                const Counts& out) {
+                const Ranks<T>& out) {
   const Packed<T> packed(count, scores.table.width, kernels<T>().lanes);
   kernels<T>().pack(scores.hidden, kept.source.data() + first, packed.view);
-  const int64_t threads = scores.threads(count);
-  const Buffer<T> own(packed.lane_rows);
+  const bool sums = out.lse != nullptr;
+  const int64_t threads = std::min(scores.threads(count), sums ? kParts : scores.tiles);
+  const int64_t parts = sums ? std::min(kParts, scores.tiles) : threads;
+  const int64_t lane_rows = packed.lane_rows;
+  const Buffer<T> own(lane_rows), top(sums ? parts * lane_rows : 0);
+  const Buffer<double> total(sums ? parts * lane_rows : 0);
   const Buffer<int64_t> counts(threads * 3 * count);
-  std::fill_n(own.data(), packed.lane_rows, T(0));
+  std::fill_n(own.data(), lane_rows, T(0));
   std::fill_n(counts.data(), threads * 3 * count, int64_t{0});
-  const auto scan_of = [&](int64_t thread) {
-    int64_t* const part = counts.data() + thread * 3 * count;
-    return RankScan<T>{scores.table, packed.view,     kept.target.data() + first, own.data(), part,
-                       part + count, part + 2 * count};
+  const T inverse_temperature = static_cast<T>(1 / out.temperature);
+  const auto scan_of = [&](int64_t thread, int64_t part) {
+    int64_t* const above = counts.data() + thread * 3 * count;
+    return RankScan<T>{scores.table,
+                       packed.view,
+                       kept.target.data() + first,
+                       own.data(),
+                       inverse_temperature,
+                       above,
+                       above + count,
+                       above + 2 * count,
+                       sums ? top.data() + part * lane_rows : nullptr,
+                       sums ? total.data() + part * lane_rows : nullptr};
   };
   torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t stop) {
     const Buffer<T> scratch(rank_scratch<T>(packed.view.padded));
     for (; thread < stop; ++thread) {
-      kernels<T>().score_targets(scan_of(thread), count * thread / threads,
+      kernels<T>().score_targets(scan_of(thread, 0), count * thread / threads,
                                  count * (thread + 1) / threads, scratch.data());
     }
   });
-  split_tiles(scores.tiles, threads, [&](int64_t thread, int64_t tile, int64_t stop) {
+  split_tiles(parts, threads, [&](int64_t thread, int64_t part, int64_t stop) {
     const Buffer<T> scratch(rank_scratch<T>(packed.view.padded));
-    kernels<T>().scan(scan_of(thread), tile, stop, scratch.data());
+    for (; part < stop; ++part) {
+      const RankScan<T> scan = scan_of(thread, part);
+      for (int64_t i = 0; sums && i < lane_rows; ++i) {
+        // The target's score is not far below the highest: no sum has to start again with it.
+        const T z = own[i] * inverse_temperature;
+        scan.top[i] = z > std::numeric_limits<T>::lowest() ? z : std::numeric_limits<T>::lowest();
+        scan.total[i] = 0;
+      }
+      kernels<T>().scan(scan, scores.tiles * part / parts, scores.tiles * (part + 1) / parts,
+                        scratch.data());
+    }
   });
   for (int64_t i = 0; i < count; ++i) {
-    int64_t sums[3] = {};
+    int64_t found[3] = {};
     for (int64_t t = 0; t < threads; ++t) {
-      for (int64_t j = 0; j < 3; ++j) sums[j] += counts[(t * 3 + j) * count + i];
+      for (int64_t j = 0; j < 3; ++j) found[j] += counts[(t * 3 + j) * count + i];
     }
     const bool nan = std::isnan(own[i]);
     const int64_t slot = kept.slot[first + i];
-    out.above[slot] = sums[0] - nan;  // the target itself
-    out.before[slot] = sums[2];
-    out.after[slot] = sums[1] - sums[2] - !nan;  // the target ties with itself
+    out.above[slot] = found[0] - nan;  // the target itself
+    out.before[slot] = found[2];
+    out.after[slot] = found[1] - found[2] - !nan;  // the target ties with itself
+    if (!sums) continue;
+    out.score[slot] = own[i] * inverse_temperature;
+    out.lse[slot] = static_cast<T>(log_sum_exp(parts, lane_rows, top.data() + i, total.data() + i));
   }
 }
 
 template <typename T>
-void rank(const Scores& scores, const Kept& kept, const Counts& out) {
+void rank(const Scores& scores, const Kept& kept, const Ranks<T>& out) {
   const int64_t padded = round_up(scores.table.width, kernels<T>().lanes);
-  const int64_t row_bytes = 2 * padded * static_cast<int64_t>(sizeof(T)) +
+  const int64_t sums = out.lse ? kParts * static_cast<int64_t>(sizeof(T) + sizeof(double)) : 0;
+  const int64_t row_bytes = 2 * padded * static_cast<int64_t>(sizeof(T)) + sums +
                             scores.threads(kept.count) * 3 * static_cast<int64_t>(sizeof(int64_t));
   const int64_t step = rows_per_chunk(kept.count, row_bytes, kPanel<T>);
-  for (int64_t first = 0; first < kept.count; first += step) {
-    rank_chunk<T>(scores, kept, first, std::min(step, kept.count - first), out);
+  for (int64_t first = 0, count; first < kept.count; first += count) {
+    // A last chunk of a few rows would sum its scores in another order than the others.
+    const int64_t left = kept.count - first;
+    count = left <= step + kFewRows<16> ? left : step;
+    rank_chunk<T>(scores, kept, first, count, out);
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> target_rank_fwd_cpu(const Tensor& hidden, const Tensor& items,
-                                                       const Tensor& target,
-                                                       const std::optional<Tensor>& bias,
-                                                       const std::optional<Tensor>& rows,
-                                                       int64_t ignore_index) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> target_rank_fwd_cpu(
+    const Tensor& hidden, const Tensor& items, const Tensor& target,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& rows, double temperature,
+    int64_t ignore_index, bool need_lse) {
+  CHECK(temperature > 0, kOp, ": temperature must be > 0; got ", temperature);
   const Scores scores(kOp, hidden, items, bias);
   const Kept kept(kOp, scores, rows, &target, ignore_index);
   const auto filled = [&](double value) {
@@ -103,14 +154,20 @@ std::tuple<Tensor, Tensor, Tensor> target_rank_fwd_cpu(const Tensor& hidden, con
     return torch::stable::fill_(out, value);
   };
   Tensor above = filled(-1), before = filled(0), after = filled(0);
-  const Counts out{above.mutable_data_ptr<int64_t>(), before.mutable_data_ptr<int64_t>(),
-                   after.mutable_data_ptr<int64_t>()};
-  if (scores.is_double()) {
-    rank<double>(scores, kept, out);
-  } else {
-    rank<float>(scores, kept, out);
-  }
-  return {above, before, after};
+  const ScalarType type = scores.is_double() ? ScalarType::Double : ScalarType::Float;
+  const int64_t size = need_lse ? kept.size : 0;
+  Tensor score = torch::stable::new_zeros(hidden, {size}, type);
+  Tensor lse = torch::stable::new_zeros(hidden, {size}, type);
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    rank<T>(scores, kept,
+            {above.mutable_data_ptr<int64_t>(), before.mutable_data_ptr<int64_t>(),
+             after.mutable_data_ptr<int64_t>(),
+             need_lse ? score.template mutable_data_ptr<T>() : nullptr,
+             need_lse ? lse.template mutable_data_ptr<T>() : nullptr, temperature});
+  };
+  scores.is_double() ? run(0.0) : run(0.0f);
+  return {above, before, after, score, lse};
 }
 
 }  // namespace

@@ -11,8 +11,13 @@ struct RankScan {
   PackedRows<T> rows;
   const int64_t* target;  // per row
   T* own;                 // the target's score per row, whole vectors
+  T inverse_temperature;  // > 0; of the sums alone
   // Per row, one set per thread, added to.
   int64_t *above, *tied, *tied_before;
+  // Per row, one set per part of the items, whole vectors, or null: the sum over items of
+  // exp(z - top), z = score * inverse_temperature, is added to total, and top may rise.
+  T* top;
+  double* total;
 };
 
 template <typename T>

@@ -43,9 +43,34 @@ int64_t count_before(const Tile<T>& tile, int64_t target, const T* z, int64_t st
   return before;
 }
 
+// One vector of rows takes in the scores of a tile, of which `highest` is the highest.
 template <class X>
-void rank_scan(const RankScan<typename X::T>& a, int64_t index, int64_t stop,
-               typename X::T* scratch) {
+void add_exponentials(int count, const typename X::T* z, typename X::T inverse_temperature,
+                      typename X::V highest, typename X::T* top, double* total) {
+  using T = typename X::T;
+  using V = typename X::V;
+  const V scale = X::set1(inverse_temperature);
+  T part[X::L];
+  if (raise_top<X>(X::mul(highest, scale), top, part)) {
+    for (int i = 0; i < X::L; ++i) total[i] *= static_cast<double>(part[i]);
+  }
+  // One multiplication and subtraction: the product is not rounded, so that lse is as near to that
+  // of the exact scores as it can be.
+  const V shift = X::sub(X::zero(), X::load(top));
+  V sum[2] = {X::zero(), X::zero()};
+  int v = 0;
+  for (; v + 2 <= count; v += 2) {
+    sum[0] = X::add(sum[0], X::exp(X::fma(X::load(z + v * kPanel<T>), scale, shift)));
+    sum[1] = X::add(sum[1], X::exp(X::fma(X::load(z + (v + 1) * kPanel<T>), scale, shift)));
+  }
+  if (v < count) sum[0] = X::add(sum[0], X::exp(X::fma(X::load(z + v * kPanel<T>), scale, shift)));
+  X::store(part, X::add(sum[0], sum[1]));
+  for (int i = 0; i < X::L; ++i) total[i] += static_cast<double>(part[i]);
+}
+
+template <class X, bool kSums>
+void scan_tiles(const RankScan<typename X::T>& a, int64_t index, int64_t stop,
+                typename X::T* scratch) {
   using T = typename X::T;
   T* const copy = scratch;
   T* const z = scratch + kTile * a.rows.padded;
@@ -60,10 +85,16 @@ void rank_scan(const RankScan<typename X::T>& a, int64_t index, int64_t stop,
         const typename X::V own = X::load(a.own + first);
         const T* p = z + c * X::L;
         auto above = X::no_count(), tied = X::no_count();
+        typename X::V highest = X::set1(kLowest<T>);
         for (int v = 0; v < tile.count; ++v) {
           const typename X::V x = X::load(p + v * kPanel<T>);
           above = X::count(above, X::not_less_equal(x, own));
           tied = X::count(tied, X::equal(x, own));
+          if (kSums) highest = X::max(x, highest);
+        }
+        if (kSums) {
+          add_exponentials<X>(tile.count, p, a.inverse_temperature, highest, a.top + first,
+                              a.total + first);
         }
         int32_t higher[X::L], equal[X::L];
         X::store_count(higher, above);
@@ -78,6 +109,13 @@ void rank_scan(const RankScan<typename X::T>& a, int64_t index, int64_t stop,
       }
     }
   }
+}
+
+template <class X>
+void rank_scan(const RankScan<typename X::T>& a, int64_t index, int64_t stop,
+               typename X::T* scratch) {
+  a.total ? scan_tiles<X, true>(a, index, stop, scratch)
+          : scan_tiles<X, false>(a, index, stop, scratch);
 }
 
 template <class X>

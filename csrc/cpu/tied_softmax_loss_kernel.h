@@ -114,18 +114,14 @@ void take_in(int count, typename X::T* z, int64_t stride, typename X::T* top, do
   using V = typename X::V;
   V highest = X::set1(kLowest<T>);
   for (int v = 0; v < count; ++v) highest = X::max(X::load(z + v * stride), highest);
-  V shift = X::load(top);
-  if (X::bits(X::greater(highest, X::add(shift, X::set1(kSlack))))) {
-    const V higher = X::max(highest, shift);
-    T factor[X::L];
-    X::store(factor, X::exp(X::sub(shift, higher)));
+  T factor[X::L];
+  if (raise_top<X>(highest, top, factor)) {
     for (int i = 0; i < X::L; ++i) {
       total[i] *= static_cast<double>(factor[i]);
       if (kMean && i < rows && factor[i] != 1) scale_row<X>(factor[i], padded, mean + i * padded);
     }
-    X::store(top, higher);
-    shift = higher;
   }
+  const V shift = X::load(top);
   V sum[2] = {X::zero(), X::zero()};
   int v = 0;
   for (; v + 2 <= count; v += 2) {
