@@ -13,7 +13,7 @@ import torch
 from t4r_fast.ops._table import up_to_date
 from t4r_fast.ops.item_topk import MAX_K, item_topk
 from t4r_fast.ops.target_rank import TargetRank, target_rank
-from t4r_fast.ops.tied_softmax_loss import tied_softmax_loss
+from t4r_fast.ops.tied_softmax_loss import REDUCTIONS, tied_softmax_loss
 
 
 def best_items(
@@ -66,10 +66,11 @@ class LazyLogits:
         self.padding_idx = padding_idx
         self.log_probabilities = log_probabilities
         self._dense: torch.Tensor | None = None
+        self._rank: TargetRank | None = None
 
     def detach(self) -> LazyLogits:
         """The same scores, cut from the graph."""
-        return LazyLogits(
+        cut = LazyLogits(
             self.hidden.detach(),
             up_to_date(self.items).detach(),
             self.labels,
@@ -78,6 +79,8 @@ class LazyLogits:
             padding_idx=self.padding_idx,
             log_probabilities=self.log_probabilities,
         )
+        cut._rank = self._rank
+        return cut
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,11 +88,46 @@ class LazyLogits:
         return self.hidden.dtype
 
     def target_rank(self) -> TargetRank:
-        """Rank of each row's label among all items; -1 where there is none. No N x V tensor."""
+        """Rank of each row's label among all items; -1 where there is none. No N x V tensor.
+
+        That of `target_rank_and_loss` if it was called.
+        """
+        if self._rank is not None:
+            return self._rank
         with torch.no_grad():
             return target_rank(
                 self.hidden, self.items, self.labels, bias=self.bias, ignore_index=self.padding_idx
             )
+
+    def target_rank_and_loss(self, reduction: str = "mean") -> tuple[TargetRank, torch.Tensor]:
+        """`target_rank`, which it keeps, and the cross-entropy with the labels, from one pass.
+
+        reduction  "mean" over the rows that have a label, "sum", or "none"
+        returns    (TargetRank, loss); loss () or, for "none", (M,), 0 where there is no label;
+                   float32 (float64 for float64), not differentiable
+
+        Raises ValueError on another reduction.
+        """
+        if reduction not in REDUCTIONS:
+            raise ValueError(
+                f"target_rank_and_loss: reduction must be one of {', '.join(REDUCTIONS)};"
+                f" got {reduction!r}"
+            )
+        self._rank, score, lse = target_rank(
+            self.hidden,
+            self.items,
+            self.labels,
+            bias=self.bias,
+            temperature=self.temperature,
+            ignore_index=self.padding_idx,
+            return_lse=True,
+        )
+        loss = lse - score
+        if reduction != "none":
+            loss = loss.sum()
+        if reduction == "mean":
+            loss = loss / (self.labels != self.padding_idx).sum()
+        return self._rank, loss
 
     def best(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(scores, ids), both (M, k), of the best k <= 128 items for each row, also for those that

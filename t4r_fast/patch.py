@@ -239,6 +239,8 @@ class _NextItemTask(nn.Module):
                 low=self.padding_idx + 1,
                 sparse=False,
             )
+        if not training and not torch.is_grad_enabled() and not self.loss.label_smoothing:
+            return logits.target_rank_and_loss(self.loss.reduction)[1]
         return tied_softmax_loss(
             logits.hidden,
             logits.items,

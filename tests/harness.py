@@ -7,6 +7,7 @@ whole gradient hides rows that are lost.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import zlib
@@ -210,6 +211,19 @@ class LargestTensor(TorchDispatchMode):
                 self.made.append(stored.numel())
                 self.elements = max(self.elements, stored.numel())
         return out
+
+
+class CountedCalls(TorchDispatchMode):
+    """How often each op of ours runs inside, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace.startswith("t4r_fast"):
+            self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def _storage(tensor: Tensor) -> int:

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from harness import CountedCalls
 from torch import nn
 
 import t4r_fast
@@ -158,6 +159,21 @@ def test_a_task_is_swapped_and_comes_back(x):
     assert type(one.task) is NextItemPredictionTask
     assert torch.equal(one.task(x, testing=True)["loss"], before["loss"])
     assert t4r_fast.restore(one) == ()
+
+
+def test_evaluation_makes_scores_once(x):
+    one = model(metrics=[])
+    with torch.no_grad():
+        before = one.task(x, testing=True)["loss"]
+    t4r_fast.accelerate(one)
+    with torch.no_grad(), CountedCalls() as seen:
+        out = one.task(x, testing=True)
+        one.task.calculate_metrics(out["predictions"].detach(), out["labels"])
+    assert seen.calls == {"target_rank_fwd": 1}
+    torch.testing.assert_close(out["loss"], before)
+    with CountedCalls() as seen:
+        one.task.calculate_metrics(one.task(x, testing=True)["predictions"], None)
+    assert seen.calls == {"tied_softmax_loss_fwd": 1, "target_rank_fwd": 1}
 
 
 def test_gradients_are_those_of_the_formula(x):

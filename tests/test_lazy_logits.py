@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from harness import CountedCalls
 
 from t4r_fast.torch.model.lazy_logits import LazyLogits
 
@@ -71,6 +72,29 @@ def test_rank_and_topk_agree_with_the_formed_scores(logits):
     assert torch.equal(ids[kept], want.indices)
     torch.testing.assert_close(scores[kept], want.values)
     assert not logits.detach().hidden.requires_grad
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_rank_and_loss_of_one_pass(logits, reduction):
+    rank = logits.target_rank()
+    with CountedCalls() as seen:
+        found, loss = logits.target_rank_and_loss(reduction)
+        kept = [logits.target_rank(), logits.detach().target_rank()]
+    assert seen.calls == {"target_rank_fwd": 1}
+    assert all(one is found for one in kept)
+    assert all(map(torch.equal, found, rank))
+    dense = logits.dense()
+    labels = logits.labels[logits.labels != 0]
+    want = torch.nn.functional.cross_entropy(dense, labels, reduction=reduction)
+    torch.testing.assert_close(loss if loss.dim() == 0 else loss[logits.labels != 0], want)
+    if reduction == "none":
+        assert loss.tolist()[1] == 0
+    assert not loss.requires_grad
+
+
+def test_rank_and_loss_refuses_other_reductions(logits):
+    with pytest.raises(ValueError, match=r"target_rank_and_loss: reduction .*none; got 'max'"):
+        logits.target_rank_and_loss("max")
 
 
 def test_torch_topk_needs_no_scores(logits):

@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 import tutorial_cells as cells
+from harness import CountedCalls
 
 import t4r_fast
 import t4r_fast.torch as tr
@@ -277,6 +278,40 @@ def test_losses_other_than_the_fused_one_get_formed_scores(smoothing):
     torch.testing.assert_close(found[0]["loss"], want)
     if not smoothing:
         torch.testing.assert_close(found[1]["loss"], want + 1)
+
+
+@pytest.mark.parametrize("level", ["0.1", "23.12"], indirect=True)
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_makes_scores_once(kind, level):
+    """The ranks that forward counted travel with the predictions; training is as before."""
+    model = KINDS[kind](cells.schema(**SMALL)).eval()
+    task = model.prediction_tasks[0]
+    batch = cells.batch(model.input_schema, 12)
+    ops = ("target_rank_fwd", "tied_softmax_loss_fwd")
+
+    def evaluated(**options):
+        torch.manual_seed(1)  # masks
+        model.reset_metrics()
+        with CountedCalls() as seen:
+            out = model(batch, **options)
+            found = model.calculate_metrics(out["predictions"], out["labels"])
+        return out["loss"], found, tuple(seen.calls[op] for op in ops)
+
+    for reduction in ("mean", "sum"):
+        task.loss.reduction = reduction
+        loss, metrics, passes = evaluated(testing=True)  # with gradients
+        assert passes == (1, 1)
+        with torch.no_grad():
+            found = evaluated(testing=True)
+        assert found[2] == (1, 0)
+        torch.testing.assert_close(found[0], loss)
+        assert {k: v.item() for k, v in found[1].items()} == {
+            k: v.item() for k, v in metrics.items()
+        }
+    with torch.no_grad():
+        assert evaluated(training=True)[2] == (1, 1)
+        task.loss = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+        assert evaluated(testing=True)[2] == (1, 1)
 
 
 def test_untied_weights_and_temperature():

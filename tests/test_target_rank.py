@@ -240,7 +240,7 @@ def uneven(n, v, d, scale=1.0):
 
 @pytest.mark.parametrize("lane", LANES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 8, 3), (37, 29, 5), (65, 1291, 33)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 8, 3), (37, 29, 5), (49, 389, 33)], ids=str)
 @pytest.mark.usefixtures("chunks")
 def test_score_and_lse(lane, dtype, shape):
     check(lane, score_and_lse, formula, uneven(*shape), {}, dtype)
@@ -262,7 +262,7 @@ def test_score_and_lse_with_options(lane, temperature, scale):
 @pytest.mark.parametrize("lane", LANES)
 @pytest.mark.usefixtures("chunks")
 def test_ranks_are_the_same_with_lse(lane):
-    inputs = uneven(50, 700, 24)
+    inputs = uneven(40, 290, 24)
     with run_on(lane, "target_rank") as device:
         moved = {name: t.to(device) for name, t in inputs.items()}
         alone = target_rank(**moved)
@@ -276,14 +276,15 @@ def test_ranks_are_the_same_with_lse(lane):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_lse_does_not_depend_on_other_rows(lane, dtype):
     """Bit for bit: not on their number, their place, or how large their scores are."""
-    inputs = uneven(130, 2000, 24)
+    size, items = (40, 70) if lane == "triton-interpret" else (130, 9000)
+    inputs = uneven(size, items, 24)
     inputs["hidden"] = inputs["hidden"].to(dtype)
     inputs["items"] = inputs["items"].to(dtype)
     with run_on(lane, "target_rank") as device:
         moved = {name: t.to(device) for name, t in inputs.items()}
         _, *every = target_rank(**moved, return_lse=True)
-        for rows in (torch.arange(100, 109), torch.arange(130).flip(0), torch.arange(0, 130, 4)):
-            rows = rows.to(device)
+        for rows in (range(size - 30, size - 21), range(size - 1, -1, -1), range(0, size, 4)):
+            rows = torch.tensor(list(rows), device=device)
             _, *some = target_rank(**moved, rows=rows, return_lse=True)
             for a, b in zip(every, some, strict=True):
                 assert torch.equal(a[rows], b)

@@ -131,9 +131,9 @@ def _target_rank_fwd_kernel(
             top = higher
 
     if NEED_LSE:
-        place = tl.program_id(1).to(tl.int64) * M + entry
-        tl.store(sums_ptr + place, top, mask=kept)
-        tl.store(sums_ptr + tl.num_programs(1).to(tl.int64) * M + place, total, mask=kept)
+        slot = tl.program_id(1).to(tl.int64) * M + entry
+        tl.store(sums_ptr + slot, top, mask=kept)
+        tl.store(sums_ptr + tl.num_programs(1).to(tl.int64) * M + slot, total, mask=kept)
         if tl.program_id(1) == 0:
             tl.store(score_ptr + entry, score, mask=kept)
     skipped = tl.where(tl.program_id(1) == 0, -1, 0)
@@ -163,7 +163,7 @@ def _target_rank_merge_kernel(
     sums = place  # behind all tops
     place = entry
     for _ in range(0, ranges):
-        apart = tl.load(sums_ptr + place, mask=kept, other=0.0) - top
+        apart = tl.load(sums_ptr + place, mask=kept, other=LOWEST) - top
         share = tl.load(sums_ptr + sums, mask=kept, other=0.0)
         total += share.to(tl.float64) * tl.exp(apart).to(tl.float64)
         place += M

@@ -271,7 +271,10 @@ class NextItemPredictionTask(PredictionTask):
             log_probabilities=self._log_probabilities,
         )
         sampled = training and self.sampler is not None
-        loss = self._sampled_loss(logits, counted) if sampled else self._loss(logits, counted)
+        if sampled:
+            loss = self._sampled_loss(logits, counted)
+        else:
+            loss = self._loss(logits, counted, ranked=not training)
         return {"loss": loss, "labels": labels, "predictions": logits}
 
     def _sampled_loss(self, logits: LazyLogits, rows: torch.Tensor | None) -> torch.Tensor:
@@ -290,10 +293,14 @@ class NextItemPredictionTask(PredictionTask):
             sparse=self.sparse,
         )
 
-    def _loss(self, logits: LazyLogits, rows: torch.Tensor | None) -> torch.Tensor:
+    def _loss(self, logits: LazyLogits, rows: torch.Tensor | None, ranked: bool) -> torch.Tensor:
+        """ranked: metrics will ask for ranks; without gradients one pass makes them as well."""
         loss = self.loss
         if not _is_plain_cross_entropy(loss):
             return loss(logits.dense(), logits.labels[logits.labels != self.padding_idx])
+        smoothing = getattr(loss, "label_smoothing", 0.0)
+        if ranked and not smoothing and not torch.is_grad_enabled():
+            return logits.target_rank_and_loss(loss.reduction)[1]
         return tied_softmax_loss(
             logits.hidden,
             logits.items,
@@ -301,7 +308,7 @@ class NextItemPredictionTask(PredictionTask):
             bias=logits.bias,
             rows=rows,
             temperature=self.softmax_temperature,
-            label_smoothing=getattr(loss, "label_smoothing", 0.0),
+            label_smoothing=smoothing,
             ignore_index=self.padding_idx,
             reduction=loss.reduction,
         )
