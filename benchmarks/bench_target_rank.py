@@ -27,7 +27,7 @@ CASES = [
     Case("rank", {"N": 1008, "V": TUTORIAL_V, "D": 64}, wide=True, shown=True),
     Case("rank", {"N": 1008, "V": TUTORIAL_V, "D": 128}, shown=True),
     Case("rank", {"N": 252, "V": LARGE_V, "D": 64}, shown=True),
-    Case("rank and loss", {"N": 252, "V": TUTORIAL_V, "D": 64}, "quick", shown=True),
+    Case("rank and loss", {"N": 252, "V": TUTORIAL_V, "D": 64}, shown=True),
     Case("rank and loss", {"N": 252, "V": LARGE_V, "D": 64}, shown=True),
     Case("rank", {"N": 1008, "V": TUTORIAL_V, "D": 256}, "full"),
     Case("rank", {"N": 1008, "V": LARGE_V, "D": 64}, "full"),
