@@ -102,9 +102,9 @@ void rank_chunk(const Scores& scores, const Kept& kept, int64_t first, int64_t c
     for (; part < stop; ++part) {
       const RankScan<T> scan = scan_of(thread, part);
       for (int64_t i = 0; sums && i < lane_rows; ++i) {
-        // The target's score is not far below the highest: no sum has to start again with it.
-        const T z = own[i] * inverse_temperature;
-        scan.top[i] = z > std::numeric_limits<T>::lowest() ? z : std::numeric_limits<T>::lowest();
+        // The sum over all items has the target's share, so that nothing far below it counts.
+        const T z = own[i] * inverse_temperature, lowest = std::numeric_limits<T>::lowest();
+        scan.top[i] = z > lowest ? z : lowest;
         scan.total[i] = 0;
       }
       kernels<T>().scan(scan, scores.tiles * part / parts, scores.tiles * (part + 1) / parts,
