@@ -190,7 +190,7 @@ if __name__ == "__main__":
         packages=[*find_packages(include=["t4r_fast", "t4r_fast.*"]), "t4r_fast.kernels"],
         # Not a package `kernels` of our own: Hugging Face has one by that name.
         package_dir={"t4r_fast.kernels": "kernels/triton"},
-        package_data={"t4r_fast.serving": ["page.html"]},
+        package_data={"t4r_fast": ["py.typed"], "t4r_fast.serve": ["page.html"]},
         ext_modules=[Extension("t4r_fast._C", sources=[])],
         cmdclass={"build_ext": CMakeBuild},
     )

@@ -158,6 +158,15 @@ def packed(item_ids: Tensor) -> dict[str, Tensor]:
     return {"items": item_ids[item], "offsets": torch.cat([ends.new_zeros(1), ends])}
 
 
+def row_places(count: int) -> Tensor:
+    """Places of packed rows, session << 32 | position: sessions of 2 to 10 items."""
+    generator = torch.Generator().manual_seed(2)
+    lengths = torch.randint(2, 11, (count,), generator=generator)
+    session = torch.arange(count).repeat_interleave(lengths)[:count]
+    starts = torch.cumsum(lengths, 0) - lengths
+    return session << 32 | (torch.arange(count) - starts[session])
+
+
 def in_turn(batches: Tensor) -> Callable[[], Tensor]:
     """One of the batches after another, the first first: rows that were just read are in a cache,
     which in training they are not."""

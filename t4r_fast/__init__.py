@@ -10,10 +10,12 @@ import importlib
 from typing import TYPE_CHECKING
 
 from t4r_fast.compat import get_compat, set_compat
+from t4r_fast.moved import MOVED, install
 from t4r_fast.version import __version__
 
 if TYPE_CHECKING:
     from t4r_fast import backend
+    from t4r_fast.compat.accelerate import accelerate, restore
     from t4r_fast.ops.activation_dropout import activation_dropout
     from t4r_fast.ops.item_topk import item_topk
     from t4r_fast.ops.log_uniform_sample import log_uniform_log_prob, log_uniform_sample
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
     from t4r_fast.ops.target_rank import target_rank
     from t4r_fast.ops.tied_softmax_loss import tied_softmax_loss
     from t4r_fast.ops.tied_table_step import tied_table_step
-    from t4r_fast.patch import accelerate, restore
 
 __all__ = [
     "PopularityTable",
@@ -72,12 +73,18 @@ _MODULES = {
 }
 
 
+install()
+
+
 def __getattr__(name: str) -> object:
+    if f"t4r_fast.{name}" in MOVED:
+        return importlib.import_module(f"t4r_fast.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "backend":
         return importlib.import_module("t4r_fast.backend")
-    home = "patch" if name in ("accelerate", "restore") else f"ops.{_MODULES.get(name, name)}"
+    accelerates = name in ("accelerate", "restore")
+    home = "compat.accelerate" if accelerates else f"ops.{_MODULES.get(name, name)}"
     module = importlib.import_module(f"t4r_fast.{home}")
     globals()[name] = getattr(module, name)
     return globals()[name]

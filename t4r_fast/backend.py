@@ -49,7 +49,7 @@ _kernels: dict[str, dict[str, tuple[str, ...]]] = {}  # op -> backend -> device 
 
 
 def _today(name: str) -> str:
-    """Backend `plain` was called `reference`."""
+    """`reference` is an older name of backend `plain`."""
     if name != "reference":
         return name
     warnings.warn("t4r_fast: backend 'reference' is called 'plain' now", stacklevel=3)

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from harness import CountedCalls
 from torch import nn
 
@@ -107,7 +108,7 @@ class NextItemPredictionTask(nn.Module):
         labels = self.masking.masked_targets.flatten()
         if not training and not testing:
             last = (self.embeddings.item_seq != 0).sum(1) - 1
-            return x[torch.arange(3), last] @ self.table.weight.T
+            return x[torch.arange(len(last)), last] @ self.table.weight.T
         scores = x.flatten(0, 1)[labels != 0] @ self.table.weight.T
         y = labels[labels != 0]
         return {"loss": self.loss(scores, y), "labels": y, "predictions": scores}
@@ -272,6 +273,157 @@ def test_a_sampled_loss_is_near_that_over_all_items(x):
     assert sampled != exact
     assert 0.2 < sampled / exact < 3
     sampled.backward()
+
+
+# -- a body --
+
+
+@named
+class CausalLanguageModeling(nn.Module):
+    """One target per session, hidden, which is enough here."""
+
+    padding_idx = 0
+
+    def forward(self, x, item_ids, predicts):
+        self.masked_targets = torch.zeros_like(item_ids)
+        last = (item_ids != 0).sum(1, keepdim=True) - 1
+        self.masked_targets.scatter_(1, last, item_ids.gather(1, last))
+        if predicts:
+            return torch.where((self.masked_targets != 0).unsqueeze(2), 0.5, x)
+        self.masked_targets = item_ids
+        return x
+
+
+@named
+class TabularSequenceFeatures(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.categorical_module = nn.Embedding(V, D)
+        self.masking = CausalLanguageModeling()
+
+    def forward(self, item_ids, training=False, testing=False):
+        self.categorical_module.item_seq = item_ids
+        x = self.categorical_module(item_ids)
+        return self.masking(x, item_ids, training or testing)
+
+
+@named
+class TransformerBlock(nn.Module):
+    def __init__(self, masking, output_fn=lambda outputs: outputs[0]):
+        super().__init__()
+        config = transformers.XLNetConfig(
+            vocab_size=9, d_model=D, n_layer=2, n_head=2, d_inner=16, dropout=0.0
+        )
+        self.transformer = transformers.XLNetModel(config)
+        self.masking, self.output_fn, self.prepare_module = masking, output_fn, None
+
+    def forward(self, inputs_embeds):
+        return self.output_fn(self.transformer(inputs_embeds=inputs_embeds))
+
+
+@named
+class SequentialBlock(nn.Sequential):
+    def forward(self, input, training=False, testing=False, **kwargs):
+        x = self[0](input, training=training, testing=testing)
+        for block in list(self)[1:]:
+            x = block(x)
+        return x
+
+
+@named
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        inputs = TabularSequenceFeatures()
+        self.body = SequentialBlock(inputs, TransformerBlock(inputs.masking), nn.Linear(D, D))
+        task = NextItemPredictionTask()
+        task.masking, task.embeddings = inputs.masking, inputs.categorical_module
+        self.prediction_task_dict = nn.ModuleDict({"next": task})
+
+    def forward(self, item_ids, **modes):
+        x = self.body(item_ids, **modes)
+        return self.prediction_task_dict["next"](x, **modes)
+
+
+@pytest.fixture
+def head():
+    torch.manual_seed(0)
+    return Head()
+
+
+@pytest.fixture
+def item_ids(head):
+    torch.manual_seed(2)
+    keep = torch.arange(L) < torch.tensor([[L], [1], [3], [2]])
+    return torch.where(keep, torch.randint(1, V, (4, L)), 0)
+
+
+def gradients(head, item_ids):
+    """Of a weighted sum of what the body makes where something is predicted."""
+    torch.manual_seed(3)
+    x = head.body(item_ids, training=True)[head.body[0].masking.masked_targets != 0]
+    (x * torch.randn(x.shape)).sum().backward()
+    found = {n: p.grad for n, p in head.named_parameters() if p.grad is not None}
+    head.zero_grad()
+    return found
+
+
+def test_a_body_runs_where_something_is_predicted(head, item_ids):
+    body, exact = head.body, copy.deepcopy(head).double()
+    before, told = head(item_ids, training=True)["loss"], head(item_ids)
+    full, expected = exact.body(item_ids, training=True), gradients(exact, item_ids)
+    keys = list(head.state_dict())
+    report = t4r_fast.accelerate(head)
+    assert report == patch.Acceleration(("body", "prediction_task_dict.next"), {})
+    assert isinstance(body, SequentialBlock)
+    assert list(head.state_dict()) == keys
+    for found in (head, copy.deepcopy(head)):
+        torch.testing.assert_close(found(item_ids, training=True)["loss"], before)
+        torch.testing.assert_close(found(item_ids), told)
+    assert t4r_fast.accelerate(exact) == report
+    made = gradients(exact, item_ids)
+    assert made.keys() == expected.keys()
+    for name, gradient in expected.items():
+        tolerance = 1e-12 * float(gradient.abs().max())
+        torch.testing.assert_close(made[name], gradient, rtol=1e-10, atol=tolerance)
+    x = exact.body(item_ids, training=True)
+    at = exact.body[0].masking.masked_targets != 0
+    torch.testing.assert_close(x[at], full[at], rtol=1e-10, atol=1e-12)
+    assert torch.equal(x[~at], exact.body[2].bias.expand_as(x[~at]))  # what follows from zeros
+    assert t4r_fast.restore(head) == report.replaced
+    assert torch.equal(head(item_ids), told)
+
+
+def test_a_body_without_padding_does_not_see_the_batch(head, item_ids):
+    t4r_fast.accelerate(head, attend_padding=False)
+    told = head(item_ids)
+    for n in range(4):
+        length = int((item_ids[n] != 0).sum())
+        torch.testing.assert_close(head(item_ids[n : n + 1, :length])[0], told[n])
+    t4r_fast.accelerate(head)  # as they have it
+    assert (head(item_ids[1:2, :1])[0] - told[1]).abs().max() < 1e-5
+    assert (head(item_ids)[1] - told[1]).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda h: h.body.append(nn.Softmax(1)), "Softmax may mix rows"),
+        (lambda h: h.body[1].register_forward_hook(print), "hooks on its parts"),
+        (lambda h: setattr(h.body[1], "output_fn", sum), "output_fn"),
+        (lambda h: setattr(h.body[1], "prepare_module", nn.Identity()), "prepare_module Identity"),
+        (lambda h: setattr(h.body[1].transformer.config, "clamp_len", 1), "clamp_len"),
+        (lambda h: setattr(h.body[1], "masking", CausalLanguageModeling()), "is not that of its"),
+        (lambda h: setattr(h.body[0], "masking", nn.Identity()), "labels of another input block"),
+    ],
+)
+def test_a_body_that_stays_is_named(head, change, why):
+    change(head)
+    with pytest.warns(patch.AccelerateWarning, match=re.escape(why)):
+        report = t4r_fast.accelerate(head, attend_padding=False)
+    assert report.replaced == ("prediction_task_dict.next",)
+    assert report.kept["body"].endswith("it attends to padding")
+    assert type(head.body) is SequentialBlock
 
 
 def test_models_that_are_not_theirs():

@@ -16,6 +16,7 @@ import pytest
 import triton_double
 from session_files import walks, write_windows
 
+import t4r_fast.torch as tr
 from t4r_fast import cli, compat
 from t4r_fast.tutorial import models
 
@@ -228,6 +229,26 @@ def test_recommend_answers_every_session_of_a_file(tutorial_out, tmp_path):
     assert len(re.findall(r"item\d+", text)) == pl.read_parquet(valid).height
 
 
+def test_all_commands_take_a_folder_of_model_save(tutorial_out, tmp_path):
+    out = tutorial_out[0]
+    tr.load_model(out / "models" / "gru").save(tmp_path / "gru")
+    asked = ("--items", "item7,item8", "-k", 128, "--exclude-seen")
+    workflow = ("--workflow", out / "data" / "workflow")
+    expected = shown("recommend", out / "models" / "gru", *asked)
+    assert shown("recommend", tmp_path / "gru", *asked, *workflow) == expected
+    _, stderr = ran("recommend", tmp_path / "gru", *asked, code=1)
+    assert "no workflow there; name the ETL's with --workflow" in stderr
+    _, stderr = ran("recommend", out / "models" / "gru", "--items", "item7", "-k", 129, code=1)
+    assert "top_k must be a whole number from 1 to 128; got 129" in stderr
+    numbers = [
+        re.findall(r"\d\.\d{4}", shown("evaluate", folder / "gru", out / "data", "--window", 3))
+        for folder in (out / "models", tmp_path)
+    ]
+    assert len(numbers[0]) == 5
+    assert numbers[0] == numbers[1]
+    ran("export", tmp_path / "gru", "--out", tmp_path / "models", "-k", 128, *workflow)
+
+
 def test_train_on_some_windows(tmp_path):
     windows = {w: {"train": walks(w, 40, 23), "valid": walks(w, 9, 23)} for w in (1, 2, 3, 4)}
     folder = write_windows(tmp_path / "data", windows, 23)
@@ -236,7 +257,7 @@ def test_train_on_some_windows(tmp_path):
     results = json.loads((out / "results.json").read_text())
     records = results["models"]["gru"]["windows"]
     assert [(r["train_window"], r["eval_window"]) for r in records] == [(2, 3), (3, 4)]
-    assert (out / "models" / "gru" / "model.safetensors").is_file()
+    assert (out / "models" / "gru" / "t4rec_model_class.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
@@ -253,7 +274,7 @@ def test_train_on_some_windows(tmp_path):
         (["train", "DATA", "--out", "OUT", "--model", "xlnet_mlm_side"], "no category_id, brand"),
         (["train", "DATA", "--out", "OUT", "--d-model", "30"], "multiple of the 4 attention"),
         (["train", "DATA", "--out", "DATA"], "is not empty and holds no run.json of ours"),
-        (["evaluate", "DATA", "DATA", "--window", "1"], "is no saved model"),
+        (["evaluate", "DATA", "DATA", "--window", "1"], "holds no saved model"),
         (["recommend", "DATA", "--items", "1", "--sessions", "x.csv"], "give either --items"),
         (["recommend", "DATA"], "give either --items"),
     ],

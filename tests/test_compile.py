@@ -21,6 +21,12 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch):
+    """Shapes of packed sessions depend on no value, as on a GPU and under torch.compile."""
+    monkeypatch.setattr("t4r_fast.model.sessions.fixed_capacity", lambda _: True)
+
+
 def batch(sessions, seed=0):
     generator = torch.Generator().manual_seed(seed)
     real = torch.arange(LENGTH) < torch.randint(2, LENGTH + 1, (sessions, 1), generator=generator)

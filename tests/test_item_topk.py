@@ -122,6 +122,30 @@ def test_exclude_padding_bias_and_rows(lane):
     same(found, (scores, ids))
 
 
+@pytest.mark.parametrize("lane", [lane for lane in LANES if lane == "cpu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 7, 16, 48, 64, 100, 128])
+@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
+def test_same_bits_with_any_number_of_rows(lane, dtype, width, has_bias):
+    """All scores of 110 items, more than a tile; among them zeros whose sign is negative."""
+    g = torch.Generator().manual_seed(width)
+    hidden, items = torch.randn(60, width, generator=g), torch.randn(110, width, generator=g)
+    bias = torch.randn(110, generator=g)
+    hidden[::7] = -hidden[::7].abs()
+    items[3], bias[3] = 0, -0.0
+    options = {"bias": bias.to(dtype)} if has_bias else {}
+    hidden, items = hidden.to(dtype), items.to(dtype)
+    with run_on(lane, "item_topk"):
+        scores, ids = item_topk(hidden, items, 110, **options)
+        bits = torch.int64 if dtype == torch.float64 else torch.int32
+        for n in (*range(1, 10), 16, 17, 33):
+            for start in (0, 60 - n):
+                found = item_topk(hidden[start : start + n], items, 110, **options)
+                assert torch.equal(found[0].view(bits), scores[start : start + n].view(bits)), n
+                assert torch.equal(found[1], ids[start : start + n]), n
+    assert bool((scores[ids == 3].signbit()).any()) == has_bias
+
+
 @pytest.mark.parametrize("lane", LANES)
 @pytest.mark.usefixtures("chunks")
 def test_nothing_left(lane):

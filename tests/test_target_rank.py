@@ -102,6 +102,26 @@ def test_equal_items_tie_in_spite_of_rounding(lane, size):
     same(found, (torch.zeros_like(target), target, size - 1 - target))
 
 
+@pytest.mark.parametrize("lane", [lane for lane in LANES if lane == "cpu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 7, 16, 48, 64, 100, 128])
+@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
+def test_same_bits_with_any_number_of_rows(lane, dtype, width, has_bias):
+    g = torch.Generator().manual_seed(width)
+    hidden, items = torch.randn(60, width, generator=g), torch.randn(230, width, generator=g)
+    target = torch.randint(0, 230, (60,), generator=g)
+    options = {"bias": torch.randn(230, generator=g).to(dtype)} if has_bias else {}
+    hidden, items = hidden.to(dtype), items.to(dtype)
+    with run_on(lane, "target_rank"):
+        rank, *sums = target_rank(hidden, items, target, return_lse=True, **options)
+        for n in (*range(1, 10), 16, 17, 33):
+            for part in (slice(0, n), slice(60 - n, 60)):
+                given = (hidden[part], items, target[part])
+                found, *found_sums = target_rank(*given, return_lse=True, **options)
+                for a, b in zip([*found, *found_sums], [*rank, *sums], strict=True):
+                    assert torch.equal(a, b[part]), n
+
+
 @pytest.mark.parametrize("lane", LANES)
 @pytest.mark.usefixtures("chunks")
 def test_nan_and_infinity(lane):

@@ -88,6 +88,27 @@ def test_matches_cross_entropy(lane, dtype, shape):
     check(lane, tied_softmax_loss, naive, make_inputs(*shape), {}, dtype, ("hidden", "items"))
 
 
+@pytest.mark.parametrize("lane", [lane for lane in LANES if lane == "cpu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 7, 16, 48, 64, 100, 128])
+@pytest.mark.parametrize("options", [{}, OPTIONS["all"]], ids=["plain", "all"])
+@pytest.mark.parametrize("grad", [False, True], ids=["", "grad"])
+def test_same_bits_with_any_number_of_rows(lane, dtype, width, options, grad):
+    """So few products that they are one thread's: the split among threads decides the sums."""
+    inputs = make_inputs(50, 230, width, bias=bool(options))
+    inputs = {k: t.to(dtype) if t.is_floating_point() else t for k, t in inputs.items()}
+    inputs["hidden"].requires_grad_(grad)
+    options = {**options, "reduction": "none", "return_lse": True}
+    with run_on(lane, "tied_softmax_loss"):
+        whole = tied_softmax_loss(**inputs, **options)
+        for n in (*range(1, 10), 16, 17, 33):
+            for part in (slice(0, n), slice(50 - n, 50)):
+                rows = {k: inputs[k][part] for k in ("hidden", "target")}
+                found = tied_softmax_loss(**{**inputs, **rows}, **options)
+                for a, b in zip(found, whole, strict=True):
+                    assert torch.equal(a, b[part]), n
+
+
 @pytest.mark.parametrize("lane", LANES)
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())

@@ -56,7 +56,7 @@ def test_a_run_leaves_results_models_and_nothing_else(finished, data):
     assert {p.name for p in (out / "models").iterdir()} == set(models.KINDS)
     for name in models.KINDS:
         files = {p.name for p in (out / "models" / name).iterdir()}
-        assert files == {"config.json", "model.safetensors", "schema.pbtxt"}
+        assert files == {"t4rec_model_class.json", "t4rec_model_class.safetensors"}
     stored = json.loads((out / "results.json").read_text())
     assert stored == json.loads(json.dumps(found))
     for entry in stored["models"].values():

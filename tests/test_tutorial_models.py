@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import polars as pl
 import pytest
 import torch
 from session_files import ITEM, session_schema, write_windows
 
-from t4r_fast import compat
+import t4r_fast.torch as tr
+from t4r_fast import compat, etl
 from t4r_fast.errors import InputError
+from t4r_fast.serve import Recommender, recommender
 from t4r_fast.tutorial import models, saved_model, serving, state
 from t4r_fast.tutorial.run import choose_models
 from t4r_fast.tutorial.sessions import SessionData
@@ -85,40 +92,141 @@ def saved(tmp_path):
     return saved_model.load(tmp_path / "gru")
 
 
-def test_no_padding_null_or_unknown_item_is_recommended(saved):
+@pytest.fixture
+def served(saved):
+    return Recommender(saved.model, workflow_of(range(27)))
+
+
+def workflow_of(values):
+    """A workflow that knows these products, with ids from 3 in this order."""
+    values = list(values)
+    events = pl.DataFrame(
+        {
+            "user_session": [str(v) for v in values],
+            "product_id": values,
+            "event_time": [1_600_000_000 + v for v in values],
+        }
+    )
+    return etl.Workflow.fit(events, min_length=1)
+
+
+def test_no_padding_null_or_unknown_item_is_recommended(served):
     sessions = pl.DataFrame({ITEM: [[3, 4], [9], [5, 1, 2, 7, 8, 9, 10, 11]]})
-    ids, scores = serving.recommend(saved, sessions, k=4)
-    assert ids.tolist() == [[3, 4, 5, 6]] * 3
-    assert (np.diff(scores, axis=1) <= 0).all()
-    ids, _ = serving.recommend(saved, sessions, k=4, exclude_seen=True)
+    found = served.recommend_encoded(sessions, 4)
+    assert found.ids.tolist() == [[3, 4, 5, 6]] * 3
+    assert found.items == [[0, 1, 2, 3]] * 3
+    assert found.sessions == [1, 2, 3]
+    assert (np.diff(found.scores, axis=1) <= 0).all()
+    ids = served.recommend_encoded(sessions, 4, exclude_seen=True).ids
     # the model reads the last 6 items of the third session: 2, 7, 8, 9, 10, 11 (5 and 1 are cut)
     assert ids.tolist() == [[5, 6, 7, 8], [3, 4, 5, 6], [3, 4, 5, 6]]
-    ids, scores = serving.recommend(saved, sessions.head(1), k=40)
-    assert sorted(ids[0][:27]) == list(range(3, 30))
-    assert (ids[0][27:] == 0).all()
-    assert np.isneginf(scores[0][27:]).all()
+    found = served.recommend_encoded(sessions.head(1), 40)
+    assert sorted(found.ids[0][:27]) == list(range(3, 30))
+    assert (found.ids[0][27:] == -1).all()
+    assert np.isneginf(found.scores[0][27:]).all()
 
 
-def test_recommend_refuses_what_it_cannot_answer(saved):
+@pytest.mark.parametrize("exclude_seen", [False, True])
+def test_answers_have_1_to_128_items_whether_seen_ones_are_left_out_or_not(served, exclude_seen):
+    sessions = pl.DataFrame({ITEM: [[3, 4], [9]], "user_session": ["a", "b"]})
+    for k in (1, 128):
+        found = served.recommend_encoded(sessions, k, exclude_seen=exclude_seen)
+        assert found.ids.shape == (2, k)
+        assert found.sessions == ["a", "b"]
+    assert [len(items) for items in found.items] == ([25, 26] if exclude_seen else [27, 27])
+    for k in (0, 129, True):
+        with pytest.raises(InputError, match=f"a whole number from 1 to 128; got {k}"):
+            served.recommend_encoded(sessions, k, exclude_seen=exclude_seen)
+
+
+def test_answers_are_of_one_pass_however_many_sessions(served, monkeypatch):
+    sessions = pl.DataFrame({ITEM: [[3 + n % 9, 4] for n in range(7)]})
+    whole = served.recommend_encoded(sessions, 3)
+    monkeypatch.setattr(recommender, "SESSIONS", 3)
+    parts = served.recommend_encoded(sessions, 3)
+    assert parts.scores.tolist() == whole.scores.tolist()
+    assert parts.items == whole.items
+    assert served.recommend_encoded(sessions.head(0), 3).items == []
+
+
+def test_recommend_refuses_what_it_cannot_answer(served):
     with pytest.raises(InputError, match=r"session 1 \(counted from 0\) has no items"):
-        serving.recommend(saved, pl.DataFrame({ITEM: [[3], []]}))
+        served.recommend_encoded(pl.DataFrame({ITEM: [[3], []]}))
     with pytest.raises(InputError, match="lack the columns"):
-        serving.recommend(saved, pl.DataFrame({"x": [[3]]}))
-    with pytest.raises(InputError, match="k must lie between 1 and 125; got 126"):
-        serving.recommend(saved, pl.DataFrame({ITEM: [[3]]}), k=126)
+        served.recommend_encoded(pl.DataFrame({"x": [[3]]}))
+    with pytest.raises(InputError, match="id 30 is no row of the table"):
+        served.recommend_encoded(pl.DataFrame({ITEM: [[30]]}))
 
 
 def test_a_damaged_model_folder_is_named(saved, tmp_path):
-    (tmp_path / "gru" / "model.safetensors").write_bytes(b"no")
-    with pytest.raises(InputError, match="does not hold the weights of this model"):
+    (tmp_path / "gru" / "t4rec_model_class.safetensors").write_bytes(b"no")
+    with pytest.raises(
+        InputError, match=r"is not the file that t4rec_model_class\.json was written"
+    ):
         saved_model.load(tmp_path / "gru")
-    with pytest.raises(InputError, match="is no saved model"):
+    with pytest.raises(InputError, match="holds no saved model"):
         saved_model.load(tmp_path)
 
 
-def test_padded_lists_keep_the_last_values():
-    lists = pl.Series([[1, 2, 3], [], [4], None], dtype=pl.List(pl.Int64))
-    assert serving.padded(lists, 2, False).tolist() == [[2, 3], [0, 0], [4, 0], [0, 0]]
+def test_a_run_says_in_the_file_how_the_model_came_about(saved, tmp_path):
+    assert saved.name == "gru"
+    assert saved.title == "GRU over time"
+    assert saved.compat == "0.1"
+    assert saved.max_sequence_length == 6
+    assert saved.trained["options"] == {"d_model": 8, "item_dim": 8, "max_sequence_length": 6}
+    assert saved.schema.to_proto_text() == session_schema(30).to_proto_text()
+    assert tr.load_model(tmp_path / "gru").max_sequence_length == 6
+    saved.model.save(tmp_path / "again")
+    again = saved_model.load(tmp_path / "again")
+    assert (again.name, again.trained, again.title) == (None, {}, "Model")
+    assert again.max_sequence_length == 6
+    assert again.schema.column_names == [ITEM]
+
+
+def test_a_model_of_other_tasks_is_not_judged_by_the_next_item(saved):
+    body, task = saved.model.heads[0].body, tr.BinaryClassificationTask("x", summary_type="mean")
+    for tasks, said in (
+        ([task], "evaluate: the model must have one NextItemPredictionTask; it has 0"),
+        ([tr.NextItemPredictionTask(weight_tying=True), task], "evaluate: the model has several"),
+    ):
+        other = dataclasses.replace(saved, model=tr.Model(tr.Head(body, tasks)))
+        with pytest.raises(InputError, match=said):
+            serving.evaluate(other, None, 1)
+
+
+OLD = Path(__file__).parent / "saved"  # written before there was one format, at cf9751c
+
+
+@pytest.mark.parametrize("name", ["gru", "xlnet_mlm"])
+def test_folders_of_three_files_are_still_read(name, tmp_path):
+    saved = saved_model.load(OLD / name)
+    assert saved.name == name
+    assert saved.trained["trained_on"] == [1]
+    blocks = [m for m in saved.model.modules() if isinstance(m, tr.TransformerBlock)]
+    assert [b.attend_padding for b in blocks] == ([True] if name == "xlnet_mlm" else [])
+    answers = json.loads((OLD / name / "answers.json").read_text())
+    sessions = pl.DataFrame({ITEM: answers["sessions"]})
+    for model in (saved.model, tr.load_model(OLD / name), tr.Model.load(OLD / name)):
+        found = Recommender(model, workflow_of(range(27))).recommend_encoded(sessions, 4)
+        assert found.ids.tolist() == answers["ids"]
+        np.testing.assert_allclose(found.scores, answers["scores"], rtol=1e-5, atol=1e-6)
+    saved.model.save(tmp_path)
+    again = tr.Model.load(tmp_path).state_dict()
+    assert all(torch.equal(again[key], value) for key, value in saved.model.state_dict().items())
+
+
+def test_an_old_folder_that_is_not_whole_is_named(tmp_path):
+    shutil.copytree(OLD / "gru", tmp_path / "gru")
+    (tmp_path / "gru" / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(InputError, match=r"model\.safetensors: does not hold the weights"):
+        tr.load_model(tmp_path / "gru")
+    config = tmp_path / "gru" / "config.json"
+    config.write_text(config.read_text().replace('"model": "gru"', '"model": "lstm"'))
+    with pytest.raises(InputError, match="model 'lstm'; this version knows gru_as_printed, gru"):
+        saved_model.load(tmp_path / "gru")
+    config.write_text("{")
+    with pytest.raises(InputError, match="is damaged"):
+        saved_model.load(tmp_path / "gru")
 
 
 def test_output_folders_are_ours_or_refused(tmp_path):

@@ -164,13 +164,44 @@ def test_metrics_count_requests(case):
 
 def test_many_clients_at_once(case, served):
     events, _ = case
-    parts = [latest(events, n) for n in range(1, 9)]
-    expected = [{"sessions": answers(served.recommender.recommend(p, 5))} for p in parts]
-    with ThreadPoolExecutor(8) as pool:
-        found = list(
-            pool.map(lambda n: served.recommend(parts[n % 8].to_dicts(), top_k=5), range(64))
+    asked = [
+        (latest(events, n), {"top_k": k, "exclude_seen": unseen})
+        for n, k, unseen in zip(range(1, 9), (1, 5, 20, 60) * 2, (False,) * 3 + (True,) * 5)
+    ]
+    expected = []
+    for part, options in asked:
+        found = served.recommender.recommend(
+            part, options["top_k"], exclude_seen=options["exclude_seen"]
         )
-    assert found == [(200, expected[n % 8]) for n in range(64)]
+        expected.append((200, {"sessions": answers(found)}))
+
+    def ask(n):
+        if n % 9 == 8:
+            assert served.get("/health")["status"] == "ok"
+        part, options = asked[n % 8]
+        return served.recommend(part.to_dicts(), **options)
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(ask, range(160)))
+    assert found == [expected[n % 8] for n in range(160)]
+
+
+def test_two_requests_are_in_the_model_at_the_same_time(case, monkeypatch):
+    events, workflow = case
+    recommender = Recommender(make_model(workflow), workflow)
+    both, alone = threading.Barrier(2), recommender.model.recommend
+
+    def recommend(*args, **options):
+        both.wait(timeout=60)  # behind a lock the second one would never come
+        return alone(*args, **options)
+
+    new = latest(events, 2)
+    expected = answers(recommender.recommend(new, 5))
+    with Served(recommender) as running:
+        monkeypatch.setattr(recommender.model, "recommend", recommend)
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(lambda _: running.recommend(new.to_dicts(), top_k=5), range(2)))
+    assert found == [(200, {"sessions": expected})] * 2
 
 
 # Clicks as a person does, in a frame of the page, and writes down what it shows.

@@ -69,7 +69,7 @@ struct Draws {
     }
   }
 
- private:
+ protected:
   static constexpr int kRounds = 10;
   static constexpr uint32_t kFirst = 0xD2511F53, kSecond = 0xCD9E8D57;
 

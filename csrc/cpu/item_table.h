@@ -11,8 +11,7 @@ namespace t4r_fast {
 template <typename T>
 constexpr int kPanel = 192 / sizeof(T);
 constexpr int kTile = 96;
-// So many rows leave a vector too empty: vectors of items are faster. At 8 rows they take 0.8 of
-// the time with AVX-512, 1.2 of it with AVX2.
+// With so many rows the loss has vectors of items. Scores have the same bits as in vectors of rows.
 template <int kLanes>
 constexpr int kFewRows = kLanes > 8 ? 8 : 7;
 // Rows between two visits of a tile's gradient.

@@ -382,7 +382,7 @@ struct SquareDraws : Draws {
       const W32::V of_block = W32::product(W32::load(number + c), W32::set1(kFirst));
       W32::V w[4] = {W32::exclusive_or(high, W32::load(position + c), keys[0][0]), low,
                      W32::exclusive_or(W32::high(of_block), head, keys[0][1]), of_block};
-      rounds(w);
+      rounds<1>(w);
       W32::select(w, least, factor, out + 4 * c);
     }
   }

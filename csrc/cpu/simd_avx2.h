@@ -68,6 +68,25 @@ struct F32 {
                _mm256_permute2f128_ps(four[0], four[1], 0x31));
   }
 
+  // kColumns columns of L rows that begin at row(0), row(1) ...: a transposition. Loads of 16 bytes
+  // from two rows put them where the shuffles need them.
+  static constexpr int kColumns = 4;
+  template <class Row>
+  static ALWAYS_INLINE void columns(const Row& row, V* out) {
+    V rows[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      rows[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row(i))),
+                                     _mm_loadu_ps(row(i + 4)), 1);
+    }
+    const V a = _mm256_unpacklo_ps(rows[0], rows[1]), b = _mm256_unpacklo_ps(rows[2], rows[3]);
+    const V c = _mm256_unpackhi_ps(rows[0], rows[1]), d = _mm256_unpackhi_ps(rows[2], rows[3]);
+    out[0] = _mm256_shuffle_ps(a, b, 0x44);
+    out[1] = _mm256_shuffle_ps(a, b, 0xee);
+    out[2] = _mm256_shuffle_ps(c, d, 0x44);
+    out[3] = _mm256_shuffle_ps(c, d, 0xee);
+  }
+
   static V exp(V x) {
     using E = ExpCoefficients<T>;
     const V shifted = fma(x, set1(E::log2e), set1(E::round));
@@ -131,6 +150,19 @@ struct F64 {
     const V x = add(_mm256_unpacklo_pd(v[0], v[1]), _mm256_unpackhi_pd(v[0], v[1]));
     const V y = add(_mm256_unpacklo_pd(v[2], v[3]), _mm256_unpackhi_pd(v[2], v[3]));
     return add(_mm256_permute2f128_pd(x, y, 0x20), _mm256_permute2f128_pd(x, y, 0x31));
+  }
+
+  static constexpr int kColumns = 2;
+  template <class Row>
+  static ALWAYS_INLINE void columns(const Row& row, V* out) {
+    V rows[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      rows[i] = _mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(row(i))),
+                                     _mm_loadu_pd(row(i + 2)), 1);
+    }
+    out[0] = _mm256_unpacklo_pd(rows[0], rows[1]);
+    out[1] = _mm256_unpackhi_pd(rows[0], rows[1]);
   }
 
   static V exp(V x) {

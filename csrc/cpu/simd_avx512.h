@@ -63,6 +63,29 @@ struct F32 {
     return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
   }
 
+  // kColumns columns of L rows that begin at row(0), row(1) ...: a transposition. Loads of 16 bytes
+  // from four rows put them where the shuffles need them.
+  static constexpr int kColumns = 4;
+  template <class Row>
+  static ALWAYS_INLINE void columns(const Row& row, V* out) {
+    V rows[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      rows[i] = _mm512_insertf32x8(_mm512_castps256_ps512(halves(row(i), row(i + 4))),
+                                   halves(row(i + 8), row(i + 12)), 1);
+    }
+    const V a = _mm512_unpacklo_ps(rows[0], rows[1]), b = _mm512_unpacklo_ps(rows[2], rows[3]);
+    const V c = _mm512_unpackhi_ps(rows[0], rows[1]), d = _mm512_unpackhi_ps(rows[2], rows[3]);
+    out[0] = _mm512_shuffle_ps(a, b, 0x44);
+    out[1] = _mm512_shuffle_ps(a, b, 0xee);
+    out[2] = _mm512_shuffle_ps(c, d, 0x44);
+    out[3] = _mm512_shuffle_ps(c, d, 0xee);
+  }
+
+  static ALWAYS_INLINE __m256 halves(const T* low, const T* high) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
+  }
+
   static V exp(V x) {
     using E = ExpCoefficients<T>;
     x = max(set1(E::zero), x);  // -inf - -inf is nan below; a nan in x stays
@@ -125,6 +148,23 @@ struct F64 {
 
   static ALWAYS_INLINE V halves(V a, V b) {
     return add(_mm512_shuffle_f64x2(a, b, 0x88), _mm512_shuffle_f64x2(a, b, 0xdd));
+  }
+
+  static constexpr int kColumns = 2;
+  template <class Row>
+  static ALWAYS_INLINE void columns(const Row& row, V* out) {
+    V rows[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      rows[i] = _mm512_insertf64x4(_mm512_castpd256_pd512(halves(row(i), row(i + 2))),
+                                   halves(row(i + 4), row(i + 6)), 1);
+    }
+    out[0] = _mm512_unpacklo_pd(rows[0], rows[1]);
+    out[1] = _mm512_unpackhi_pd(rows[0], rows[1]);
+  }
+
+  static ALWAYS_INLINE __m256d halves(const T* low, const T* high) {
+    return _mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(low)), _mm_loadu_pd(high), 1);
   }
 
   static V exp(V x) {

@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include "exp_coefficients.h"
+#include "float_types.h"
 
 namespace {
 
@@ -74,6 +75,43 @@ struct PortableSimd {
     V out;
     for (int i = 0; i < L; ++i) out[i] = sum(v[i]);
     return out;
+  }
+
+  // a[0], b[0], a[1], b[1] ... of the lower and of the upper halves. Element by element gcc would
+  // go through general registers.
+  static ALWAYS_INLINE void zip(V a, V b, V* lower, V* upper) {
+#ifdef __clang__
+    if constexpr (L == 4) {
+      *lower = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+      *upper = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    } else {
+      *lower = __builtin_shufflevector(a, b, 0, 2);
+      *upper = __builtin_shufflevector(a, b, 1, 3);
+    }
+#else
+    if constexpr (L == 4) {
+      *lower = __builtin_shuffle(a, b, I{0, 4, 1, 5});
+      *upper = __builtin_shuffle(a, b, I{2, 6, 3, 7});
+    } else {
+      *lower = __builtin_shuffle(a, b, I{0, 2});
+      *upper = __builtin_shuffle(a, b, I{1, 3});
+    }
+#endif
+  }
+
+  // kColumns columns of L rows that begin at row(0), row(1) ...: a transposition.
+  static constexpr int kColumns = L;
+  template <class Row>
+  static ALWAYS_INLINE void columns(const Row& row, V* out) {
+    if constexpr (L == 4) {
+      V even[2], odd[2];
+      zip(load(row(0)), load(row(2)), even, even + 1);
+      zip(load(row(1)), load(row(3)), odd, odd + 1);
+      zip(even[0], odd[0], out, out + 1);
+      zip(even[1], odd[1], out + 2, out + 3);
+    } else {
+      zip(load(row(0)), load(row(1)), out, out + 1);
+    }
   }
 
   static V exp(V x) {

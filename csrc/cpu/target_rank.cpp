@@ -135,9 +135,7 @@ void rank(const Scores& scores, const Kept& kept, const Ranks<T>& out) {
                             scores.threads(kept.count) * 3 * static_cast<int64_t>(sizeof(int64_t));
   const int64_t step = rows_per_chunk(kept.count, row_bytes, kPanel<T>);
   for (int64_t first = 0, count; first < kept.count; first += count) {
-    // A last chunk of a few rows would sum its scores in another order than the others.
-    const int64_t left = kept.count - first;
-    count = left <= step + kFewRows<16> ? left : step;
+    count = std::min(step, kept.count - first);
     rank_chunk<T>(scores, kept, first, count, out);
   }
 }

@@ -174,9 +174,10 @@ void few_scores(const Tile<typename X::T>& tile, const PackedRows<typename X::T>
   }
 }
 
+// As take_in, to the bit, of one row: vectors hold items, and the sums go in the order of take_in.
 template <class X, bool kMean>
-void take_in_row(typename X::T* z, typename X::T* top, double* total, typename X::T inverse_cap,
-                 int64_t padded, typename X::T* mean) {
+void take_in_row(int count, typename X::T* z, typename X::T* top, double* total,
+                 typename X::T inverse_cap, int64_t padded, typename X::T* mean) {
   using T = typename X::T;
   using V = typename X::V;
   V highest = X::set1(kLowest<T>);
@@ -192,11 +193,18 @@ void take_in_row(typename X::T* z, typename X::T* top, double* total, typename X
     *top = higher;
   }
   const V shift = X::set1(*top);
-  V sum = X::zero();
+  T weight[kTile];
   for (int v = 0; v < kTile; v += X::L) {
-    sum = X::add(sum, weight_of<X, kMean>(z + v, shift, inverse_cap));
+    X::store(weight + v, weight_of<X, kMean>(z + v, shift, inverse_cap));
   }
-  *total += static_cast<double>(X::sum(sum));
+  T sum[2] = {0, 0};
+  int v = 0;
+  for (; v + 2 <= count; v += 2) {
+    sum[0] += weight[v];
+    sum[1] += weight[v + 1];
+  }
+  if (v < count) sum[0] += weight[v];
+  *total += static_cast<double>(sum[0] + sum[1]);
 }
 
 template <class X>
@@ -216,11 +224,13 @@ void forward_few(const LossForward<typename X::T>& a, const Tile<typename X::T>&
   }
   const int64_t padded = a.rows.padded;
   for (int64_t row = 0; row < a.rows.count; ++row) {
-    for (int v = 0; a.z_sum && v < tile.count; ++v) {
-      a.z_sum[row] += static_cast<double>(z[row * kTile + v]);
+    if (a.z_sum) {
+      typename X::T sum = 0;  // as add_scores
+      for (int v = 0; v < tile.count; ++v) sum += z[row * kTile + v];
+      a.z_sum[row] += static_cast<double>(sum);
     }
-    take_in_row<X, kMean>(z + row * kTile, a.top + row, a.total + row, inverse_cap<X>(a), padded,
-                          kMean ? a.mean + row * padded : nullptr);
+    take_in_row<X, kMean>(tile.count, z + row * kTile, a.top + row, a.total + row,
+                          inverse_cap<X>(a), padded, kMean ? a.mean + row * padded : nullptr);
   }
   if (!kMean) return;
   for (const Target* t = first; t < target; ++t) z[t->row * kTile + t->item - tile.first] = 0;

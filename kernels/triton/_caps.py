@@ -96,6 +96,25 @@ CAPS: dict[tuple[str, int], dict[str, int]] = {
         "8984737d37": 64,  # fp16 D128 all
         "d4cdd06f0c": 64,  # fp16 D128 all
     },
+    ("_session_attention_queries_kernel", 100): {
+        "98e2735725": 168,  # bf16 D48 all
+    },
+    ("_target_rank_fwd_kernel", 86): {
+        "2d6a67acae": 168,  # fp64 D32 all #2
+        "938e4161cf": 168,  # tf32 D64 #2
+    },
+    ("_target_rank_fwd_kernel", 90): {
+        "2d6a67acae": 255,  # fp64 D32 all #2
+    },
+    ("_target_rank_fwd_kernel", 100): {
+        "1f43b7c085": 255,  # fp32 D64 #2
+    },
+    ("_target_rank_fwd_kernel", 120): {
+        "173029270b": 255,  # fp64 D256 #2
+        "f3db05140d": 255,  # fp64 D256 all #2
+        "bca57c6e0a": 255,  # fp64 D64 #2
+        "7e869ee107": 255,  # fp64 D64 all #2
+    },
     ("_tied_softmax_loss_factors_kernel", 100): {
         "6cb399aa78": 128,  # fp32 D512 all
         "1ac87b5962": 128,  # tf32 D256 all

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from t4r_fast.kernels._draws import bits
 from torch import Tensor
 
 import triton
 import triton.language as tl
+from t4r_fast.kernels._draws import bits
 from t4r_fast.plain._dropout import threshold
 
 _DROPOUT = tl.constexpr(7)  # the kind of draw, three bits of the counter

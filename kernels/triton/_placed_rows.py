@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from t4r_fast.kernels._tuning import Config, config
 from torch import Tensor
 
 import triton
 import triton.language as tl
+from t4r_fast.kernels._tuning import Config, config
 
 # Sums over rows are made of those of blocks of so many rows, whatever the GPU: 94 programs for the
 # 1,500 rows of a batch, each with its numbers in registers.
@@ -22,11 +22,15 @@ def unit_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 
-def whole_rows(width: int) -> Config:
-    """BLOCK_R rows of all columns. The width itself is no constant: a few blocks serve all."""
+def whole_rows(width: int, dtype: torch.dtype) -> Config:
+    """BLOCK_R rows of all columns. The width itself is no constant: a few blocks serve all.
+
+    float64 takes two registers a number, so a thread gets half as many.
+    """
+    share = 256 if dtype == torch.float64 else 512
     columns = max(triton.next_power_of_2(width), _LEAST_COLUMNS)
     rows = max(1, min(_BLOCK // columns, SUMMED_ROWS))
-    warps = max(1, min(rows * columns // 512, 16))
+    warps = max(1, min(rows * columns // share, 16))
     return config(warps, 1, BLOCK_R=rows, BLOCK_W=columns)
 
 

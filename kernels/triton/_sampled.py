@@ -8,11 +8,10 @@ row's target.
 
 from __future__ import annotations
 
-from t4r_fast.kernels import _tuning
-from t4r_fast.kernels._draws import draw_items, expected, float64_of, softplus
-
 import triton
 import triton.language as tl
+from t4r_fast.kernels import _tuning
+from t4r_fast.kernels._draws import draw_items, expected, float64_of, softplus
 
 # What becomes of a candidate that is the row's target: nothing; weight 0; the offset of targets; a
 # constant

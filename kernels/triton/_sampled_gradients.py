@@ -11,6 +11,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
 from t4r_fast.kernels._draws import float64_of
 from t4r_fast.kernels._sampled import (
     CONSTANT,
@@ -21,10 +25,6 @@ from t4r_fast.kernels._sampled import (
     split_float64,
 )
 from t4r_fast.kernels._scores import load_rows
-from torch import Tensor
-
-import triton
-import triton.language as tl
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 

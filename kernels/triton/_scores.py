@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from t4r_fast.kernels import _tuning
-from t4r_fast.kernels._tuning import Config, Entry, config
 from torch import Tensor
 
 import triton
 import triton.language as tl
+from t4r_fast.kernels import _tuning
+from t4r_fast.kernels._tuning import Config, Entry, config
 
 
 @triton.jit

@@ -12,13 +12,13 @@ import math
 from typing import Any
 
 import torch
-from t4r_fast.kernels import _tuning
-from t4r_fast.kernels._scores import load_rows
-from t4r_fast.kernels._tuning import TYPES, WIDE, Config, Key, config, interpreted, launch
 from torch import Tensor
 
 import triton
 import triton.language as tl
+from t4r_fast.kernels import _tuning
+from t4r_fast.kernels._scores import load_rows
+from t4r_fast.kernels._tuning import TYPES, WIDE, Config, Key, config, interpreted, launch
 
 LOG2E = 1.0 / math.log(2.0)
 LOG2E_2 = tl.constexpr(2.0 * LOG2E)

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from t4r_fast.kernels._caps import CAPS
 from torch import Tensor
 
 import triton
 import triton.language as tl
+from t4r_fast.kernels._caps import CAPS
 
 # Compute capabilities that kernels are compiled and budgeted for; 0 is the interpreter.
 ARCHITECTURES = (80, 86, 90, 100, 120)

@@ -8,6 +8,10 @@ import functools
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
 from t4r_fast.kernels import _tuning
 from t4r_fast.kernels._draws import float64_of
 from t4r_fast.kernels._dropout import dropout_arguments, site_key, stays
@@ -20,10 +24,6 @@ from t4r_fast.kernels._placed_rows import (
     unit_rows,
 )
 from t4r_fast.kernels._tuning import SUMS, Variant, config, launch, sum_type
-from torch import Tensor
-
-import triton
-import triton.language as tl
 from t4r_fast.plain.activation_dropout import ACTIVATIONS
 
 # One for all widths, of which multiples of 64 are the rule: 8 numbers of a thread.

@@ -9,6 +9,10 @@ import functools
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
 from t4r_fast.kernels import _tuning
 from t4r_fast.kernels._draws import bits, float64_of
 from t4r_fast.kernels._dropout import dropout_arguments, site_key, stays
@@ -22,10 +26,6 @@ from t4r_fast.kernels._placed_rows import (
     whole_rows,
 )
 from t4r_fast.kernels._tuning import SUMS, Variant, launch, sum_type
-from torch import Tensor
-
-import triton
-import triton.language as tl
 
 
 @triton.jit
@@ -213,7 +213,7 @@ def residual_norm_fwd(
     y = x.new_empty((rows, width))
     mean = x.new_empty((rows,), dtype=SUMS[x.dtype])
     rstd = torch.empty_like(mean)
-    chosen = whole_rows(width)
+    chosen = whole_rows(width, x.dtype)
     launch(
         _residual_norm_fwd_kernel,
         (triton.cdiv(rows, chosen["BLOCK_R"]),),
@@ -267,7 +267,7 @@ def residual_norm_bwd(
     launch(
         _residual_norm_bwd_kernel,
         (programs,),
-        whole_rows(width),
+        whole_rows(width, x.dtype),
         dy_ptr=dy,
         x_ptr=x,
         residual_ptr=residual,

@@ -14,6 +14,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
 from t4r_fast.kernels import _tuning
 from t4r_fast.kernels._draws import bits, draw_items, expm1, float64_of, log1p
 from t4r_fast.kernels._sampled import (
@@ -47,10 +51,6 @@ from t4r_fast.kernels._tuning import (
     config,
     launch,
 )
-from torch import Tensor
-
-import triton
-import triton.language as tl
 from t4r_fast.plain import sampled_softmax_loss as plain
 
 _LOG2E = tl.constexpr(1.4426950408889634)

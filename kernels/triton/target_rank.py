@@ -15,6 +15,10 @@ import functools
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
 from t4r_fast.kernels import _tuning
 from t4r_fast.kernels._scores import (
     Problem,
@@ -24,10 +28,6 @@ from t4r_fast.kernels._scores import (
     tile_scores,
 )
 from t4r_fast.kernels._tuning import Config, Variant, config, launch
-from torch import Tensor
-
-import triton
-import triton.language as tl
 
 # Below every score but -inf and nan: float32's lowest number, also for float64.
 LOWEST = tl.constexpr(-3.4028234663852886e38)

@@ -17,6 +17,10 @@ import math
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
 from t4r_fast.kernels import _tuning
 from t4r_fast.kernels._scores import load_rows
 from t4r_fast.kernels._softmax import (
@@ -34,10 +38,6 @@ from t4r_fast.kernels._softmax import (
     unit_rows,
 )
 from t4r_fast.kernels._tuning import Config, Entry, Variant, config, launch
-from torch import Tensor
-
-import triton
-import triton.language as tl
 
 LN2 = tl.constexpr(math.log(2.0))
 # What the running means hold: nothing, the items under the softmax, or all items times the slope

@@ -15,6 +15,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
 from t4r_fast.kernels import _tuning
 from t4r_fast.kernels._scores import load_rows
 from t4r_fast.kernels._softmax import (
@@ -32,10 +36,6 @@ from t4r_fast.kernels._softmax import (
     unit_rows,
 )
 from t4r_fast.kernels._tuning import Config, Entry, Key, Variant, config, launch
-from torch import Tensor
-
-import triton
-import triton.language as tl
 from t4r_fast.plain import tied_table_step as plain
 
 LN2 = tl.constexpr(math.log(2.0))

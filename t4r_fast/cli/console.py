@@ -15,7 +15,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
-from t4r_fast.tutorial.progress import Progress
+from t4r_fast.train.progress import Progress
 
 results = Console()
 notes = Console(stderr=True)

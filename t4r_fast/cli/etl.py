@@ -109,7 +109,7 @@ def generate(
 
     Example: [bold]t4r-fast generate events.csv --items 1000 --sessions 5000 --days 4[/bold]
     """
-    from t4r_fast.generate import generate_events
+    from t4r_fast.etl.generate import generate_events
 
     with RichProgress() as progress:
         steps = _Steps(progress)

@@ -35,6 +35,14 @@ Seed = Annotated[int, typer.Option(help="Seed of split, weights, order, masks an
 CheckpointSteps = Annotated[
     int, typer.Option(help="Steps between checkpoints inside a window, for --resume.")
 ]
+AsPrinted = Annotated[
+    bool,
+    typer.Option(
+        "--as-printed",
+        help="XLNet attends to padding, as in the tutorial; slower, and a prediction changes with"
+        " the length to which its session is padded.",
+    ),
+]
 Compat = Annotated[
     str | None,
     typer.Option(help="Behave like Transformers4Rec 0.1 or 23.12. Default: 23.12."),

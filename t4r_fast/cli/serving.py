@@ -14,9 +14,13 @@ from t4r_fast.cli.options import EvalBatchSize, SchemaFile, Split, listed, quiet
 from t4r_fast.errors import InputError
 
 if TYPE_CHECKING:
-    import numpy as np
+    from collections.abc import Iterator
 
-    from t4r_fast.torch import Model
+    from t4r_fast.serve import Recommendations
+
+SavedModelFolder = Annotated[
+    Path, typer.Argument(help="A saved model: OUT/models/xlnet_mlm, or of Model.save.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -28,7 +32,7 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A saved model, such as OUT/models/xlnet_mlm.")],
+    model: SavedModelFolder,
     data: Annotated[Path, typer.Argument(help="Output folder of `t4r-fast etl`.")],
     window: Annotated[int, typer.Option(help="The window to judge on.")],
     split: Split = "valid",
@@ -39,22 +43,22 @@ def evaluate(
 
     Example: [bold]t4r-fast evaluate OUT/models/xlnet_mlm OUT/data --window 4 --split test[/bold]
     """
-    from t4r_fast.tutorial import saved_model, serving
-    from t4r_fast.tutorial.models import KINDS
-    from t4r_fast.tutorial.results import METRIC_TITLES
-    from t4r_fast.tutorial.sessions import SessionData
+    from t4r_fast.train import saved_model, saved_use
+    from t4r_fast.train.results import METRIC_TITLES
+    from t4r_fast.train.sessions import SessionData
 
     quiet()
     saved = saved_model.load(model)
     sessions = SessionData(data, schema)
     with notes.status("evaluating"):
-        found = serving.evaluate(saved, sessions, window, split, batch_size)
-    title = f"{KINDS[saved.name].title}, window {window}, {split}"
+        found = saved_use.evaluate(saved, sessions, window, split, batch_size)
+    title = f"{saved.title}, window {window}, {split}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for heading in (*METRIC_TITLES.values(), "Loss", "Sessions", "per s"):
+    metrics = [METRIC_TITLES.get(name, name) for name in found["metrics"]]
+    for heading in (*metrics, "Loss", "Sessions", "per s"):
         table.add_column(heading, justify="right")
     table.add_row(
-        *(f"{found['metrics'][m]:.4f}" for m in METRIC_TITLES),
+        *(f"{value:.4f}" for value in found["metrics"].values()),
         f"{found['loss']:.4f}",
         f"{found['sessions']:,}",
         f"{found['sessions'] / found['seconds']:,.0f}",
@@ -63,7 +67,7 @@ def evaluate(
 
 
 def recommend(
-    model: Annotated[Path, typer.Argument(help="A saved model, such as OUT/models/xlnet_mlm.")],
+    model: SavedModelFolder,
     workflow: Annotated[
         Path | None,
         typer.Option(help="The ETL's workflow. Default: OUT/data/workflow of the model's OUT."),
@@ -75,7 +79,7 @@ def recommend(
         Path | None,
         typer.Option(help="Events, or a parquet file of the ETL: one answer a session."),
     ] = None,
-    k: Annotated[int, typer.Option("-k", help="How many items to recommend.")] = 10,
+    k: Annotated[int, typer.Option("-k", help="How many items to recommend, 1 to 128.")] = 10,
     exclude_seen: Annotated[
         bool, typer.Option("--exclude-seen", help="Never recommend an item of the session itself.")
     ] = False,
@@ -89,7 +93,9 @@ def recommend(
     Example: [bold]t4r-fast recommend OUT/models/xlnet_mlm --items 1004856,1004767 -k 5[/bold]
     """
     from t4r_fast.etl import Workflow
-    from t4r_fast.tutorial import saved_model, serving
+    from t4r_fast.etl.features import FIRST_ID
+    from t4r_fast.serve import Recommender
+    from t4r_fast.train import saved_model, saved_use
 
     quiet()
     if (items is None) == (sessions is None):
@@ -98,41 +104,40 @@ def recommend(
         raise InputError(f"out: the file must end in .csv or .parquet; got {out}")
     saved = saved_model.load(model)
     fitted = Workflow.load(workflow if workflow is not None else _workflow_of(model))
+    served = Recommender(saved.model, fitted)
     if items is not None:
         values = listed(items)
-        given = serving.sessions_of_items(saved, fitted, values)
-        unknown = [v for v, i in zip(values, fitted.item_ids(values)) if i < serving.FIRST_ITEM]
+        given = saved_use.sessions_of_items(saved, fitted, values)
+        unknown = [v for v, i in zip(values, fitted.item_ids(values)) if i < FIRST_ID]
         if unknown:
             notes.print(f"[yellow]note:[/yellow] never seen in training: {', '.join(unknown)}")
     else:
-        given = serving.sessions_of_file(saved, fitted, sessions)
-    ids, scores = serving.recommend(saved, given, k, exclude_seen=exclude_seen)
-    named = "user_session" in given.columns
-    keys = given["user_session"].to_list() if named else list(range(1, len(ids) + 1))
+        given = saved_use.sessions_of_file(saved, served.workflow, sessions)
+    found = served.recommend_encoded(given, k, exclude_seen=exclude_seen)
     if out is not None:
-        _write(out, keys, [fitted.items(row) for row in ids], scores)
+        _write(out, found)
         results.print(f"wrote {out}", soft_wrap=True, highlight=False)
         return
     table = Table(box=SIMPLE_HEAD)
     for heading in ("session", "rank", "item", "score"):
         table.add_column(heading, justify="left" if heading == "session" else "right")
-    for key, row, row_scores in zip(keys, ids, scores):
-        for rank, (value, score) in enumerate(zip(fitted.items(row), row_scores), 1):
-            if value is not None:
-                table.add_row(str(key) if rank == 1 else "", str(rank), str(value), f"{score:.4f}")
+    for key, rank, value, score in _rows(found):
+        table.add_row(str(key) if rank == 1 else "", str(rank), str(value), f"{score:.4f}")
     results.print(table)
 
 
-def _write(out: Path, keys: list, items: list[list], scores: np.ndarray) -> None:
+def _rows(found: Recommendations) -> Iterator[tuple[object, int, object, float]]:
+    """Session, rank, item and score of each recommendation."""
+    for key, items, scores in zip(found.sessions, found.items, found.scores.tolist()):
+        for rank, (item, score) in enumerate(zip(items, scores), 1):
+            yield key, rank, item, score
+
+
+def _write(out: Path, found: Recommendations) -> None:
     import polars as pl
 
-    rows = [
-        (key, rank, item, score)
-        for key, row, row_scores in zip(keys, items, scores.tolist())
-        for rank, (item, score) in enumerate(zip(row, row_scores), 1)
-        if item is not None
-    ]
-    frame = pl.DataFrame(rows, schema=["session", "rank", "item", "score"], orient="row")
+    columns = ["session", "rank", "item", "score"]
+    frame = pl.DataFrame(list(_rows(found)), schema=columns, orient="row")
     if out.suffix == ".csv":
         frame.write_csv(out)
     else:
@@ -140,9 +145,7 @@ def _write(out: Path, keys: list, items: list[list], scores: np.ndarray) -> None
 
 
 def export(
-    model: Annotated[
-        Path, typer.Argument(help="A saved model: OUT/models/xlnet_mlm, or of Model.save.")
-    ],
+    model: SavedModelFolder,
     out: Annotated[Path, typer.Option("--out", "-o", help="The model repository.")],
     workflow: Annotated[
         Path | None,
@@ -152,7 +155,7 @@ def export(
     sessions: Annotated[
         str, typer.Option(help="What requests hold: events, or encoded sessions, ragged or padded.")
     ] = "events",
-    k: Annotated[int, typer.Option("-k", help="How many items to recommend.")] = 20,
+    k: Annotated[int, typer.Option("-k", help="How many items to recommend, 1 to 128.")] = 20,
     exclude_seen: Annotated[
         bool, typer.Option("--exclude-seen", help="Never recommend an item of the session itself.")
     ] = False,
@@ -165,14 +168,15 @@ def export(
 
     Example: [bold]t4r-fast export OUT/models/xlnet_mlm --out repository --name shop[/bold]
     """
-    from t4r_fast import serving
+    from t4r_fast import serve as serving
     from t4r_fast.etl import Workflow
+    from t4r_fast.train import saved_model
 
     quiet()
-    loaded = _loaded(model)
+    saved = saved_model.load(model)
     fitted = Workflow.load(workflow if workflow is not None else _workflow_of(model))
     folder = serving.export(
-        loaded,
+        saved.model,
         fitted,
         out,
         name,
@@ -191,9 +195,7 @@ def export(
 
 
 def serve(
-    model: Annotated[
-        Path, typer.Argument(help="A saved model: OUT/models/xlnet_mlm, or of Model.save.")
-    ],
+    model: SavedModelFolder,
     workflow: Annotated[
         Path | None,
         typer.Option(help="The ETL's workflow. Default: OUT/data/workflow of the model's OUT."),
@@ -208,25 +210,17 @@ def serve(
     Example: [bold]t4r-fast serve OUT/models/xlnet_mlm --port 8000[/bold]
     """
     from t4r_fast.etl import Workflow
-    from t4r_fast.serving import Recommender
-    from t4r_fast.serving.web import create_app
+    from t4r_fast.serve import Recommender
+    from t4r_fast.serve.web import create_app
+    from t4r_fast.train import saved_model
 
     quiet()
+    saved = saved_model.load(model)
     fitted = Workflow.load(workflow if workflow is not None else _workflow_of(model))
-    app = create_app(Recommender(_loaded(model), fitted))
+    app = create_app(Recommender(saved.model, fitted))
     import uvicorn  # after create_app, which says what is missing
 
     uvicorn.run(app, host=host, port=port)
-
-
-def _loaded(folder: Path) -> Model:
-    """A model of the tutorial's runs, or one of Model.save."""
-    from t4r_fast.torch.model.stored import load_model
-    from t4r_fast.tutorial import saved_model
-
-    if (folder / "config.json").is_file():
-        return saved_model.load(folder).model
-    return load_model(folder)
 
 
 def _workflow_of(model: Path) -> Path:

@@ -15,6 +15,7 @@ from rich.table import Table
 from t4r_fast.cli.console import RichProgress, notes, results
 from t4r_fast.cli.options import (
     MODELS_HELP,
+    AsPrinted,
     BatchSize,
     CheckpointSteps,
     Compat,
@@ -39,7 +40,7 @@ from t4r_fast.cli.options import (
 from t4r_fast.errors import InputError
 
 if TYPE_CHECKING:
-    from t4r_fast.tutorial.sessions import SessionData
+    from t4r_fast.train.sessions import SessionData
 
 
 def register(app: typer.Typer) -> None:
@@ -58,6 +59,7 @@ def demo(
         bool, typer.Option("--quick", help="A minute: less data, models that learn less.")
     ] = False,
     seed: Seed = 0,
+    as_printed: AsPrinted = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -65,12 +67,12 @@ def demo(
 
     Example: [bold]t4r-fast demo --out demo-out[/bold]
     """
-    from t4r_fast.tutorial import state
-    from t4r_fast.tutorial.demo import DEMO, QUICK, make_events
-    from t4r_fast.tutorial.run import run_etl, train_and_report
+    from t4r_fast.train import state
+    from t4r_fast.train.demo import DEMO, QUICK, make_events
+    from t4r_fast.train.run import run_etl, train_and_report
 
     quiet()
-    size = (QUICK if quick else DEMO).with_seed(seed)
+    size = (QUICK if quick else DEMO).with_options(seed=seed, as_printed=as_printed)
     options = {"command": "demo", **dataclasses.asdict(size)}
     state.open_output(out, options, resume=resume, overwrite=overwrite)
     with RichProgress() as progress:
@@ -123,6 +125,7 @@ def tutorial(
     max_length: Length = 20,
     seed: Seed = 0,
     checkpoint_steps: CheckpointSteps = 500,
+    as_printed: AsPrinted = False,
     compat: Compat = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -132,9 +135,9 @@ def tutorial(
     Example: [bold]t4r-fast tutorial 2019-Oct.csv --window 30m --out OUT[/bold]
     """
     from t4r_fast import etl
-    from t4r_fast.tutorial import state
-    from t4r_fast.tutorial.run import run_etl, train_and_report
-    from t4r_fast.tutorial.windows import TrainingOptions
+    from t4r_fast.train import state
+    from t4r_fast.train.run import run_etl, train_and_report
+    from t4r_fast.train.windows import TrainingOptions
 
     quiet()
     level = _compat(compat)
@@ -152,6 +155,7 @@ def tutorial(
         max_sequence_length=max_length,
         seed=seed,
         checkpoint_steps=checkpoint_steps,
+        as_printed=as_printed,
     )
     names = _models(models)
     events = {
@@ -207,6 +211,7 @@ def train(
     max_length: Length = 20,
     seed: Seed = 0,
     checkpoint_steps: CheckpointSteps = 500,
+    as_printed: AsPrinted = False,
     compat: Compat = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -215,10 +220,10 @@ def train(
 
     Example: [bold]t4r-fast train OUT/data --model xlnet_mlm --windows 1-3 --out RUN[/bold]
     """
-    from t4r_fast.tutorial import state
-    from t4r_fast.tutorial.run import train_and_report
-    from t4r_fast.tutorial.sessions import SessionData
-    from t4r_fast.tutorial.windows import TrainingOptions
+    from t4r_fast.train import state
+    from t4r_fast.train.run import train_and_report
+    from t4r_fast.train.sessions import SessionData
+    from t4r_fast.train.windows import TrainingOptions
 
     quiet()
     level = _compat(compat)
@@ -236,6 +241,7 @@ def train(
         max_sequence_length=max_length,
         seed=seed,
         checkpoint_steps=checkpoint_steps,
+        as_printed=as_printed,
     )
     names = _models(model)
     first, last = _window_range(windows)
@@ -280,7 +286,7 @@ def _compat(level: str | None) -> str:
 
 
 def _models(text: str | None) -> list[str] | None:
-    from t4r_fast.tutorial.models import kind_of
+    from t4r_fast.train.models import kind_of
 
     if text is None:
         return None
@@ -309,7 +315,7 @@ def _identity(paths: list[Path]) -> list[list]:
 
 
 def _etl_window(sessions: SessionData) -> str:
-    from t4r_fast.tutorial.state import read_json
+    from t4r_fast.train.state import read_json
 
     summary = sessions.folder.parent / "summary.json"
     return str(read_json(summary).get("window", "unknown")) if summary.is_file() else "unknown"
@@ -320,8 +326,8 @@ def _command() -> str:
 
 
 def _show(found: dict, out: Path) -> None:
-    from t4r_fast.tutorial.baselines import BASELINES
-    from t4r_fast.tutorial.results import METRIC_TITLES, final_metrics, gain_over_popularity
+    from t4r_fast.train.baselines import BASELINES
+    from t4r_fast.train.results import METRIC_TITLES, final_metrics, gain_over_popularity
 
     table = Table(title="Last window", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("Model", no_wrap=True)

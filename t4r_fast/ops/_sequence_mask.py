@@ -22,7 +22,7 @@ class SequenceMask(NamedTuple):
     targets: Tensor
     mask: Tensor
     rows: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which means nothing here
 
 
 class PackedMask(NamedTuple):
@@ -37,7 +37,7 @@ class PackedMask(NamedTuple):
     replaced: Tensor
     rows: Tensor
     targets: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which means nothing here
 
 
 def check_items(op: str, item_ids: Tensor, offsets: Tensor | None) -> None:

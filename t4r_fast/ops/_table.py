@@ -60,7 +60,7 @@ def formed_gradient(table: Tensor) -> Tensor | None:
     # and after torch.compile.
     alone = object()
     only_autograd_has_it = (
-        gradient._use_count() == 2
+        gradient._use_count() == 2  # type: ignore[attr-defined]  # torch's stubs leave it out
         and torch._C._storage_Use_Count(gradient.untyped_storage()._cdata) == 2
         and sys.getrefcount(gradient) <= sys.getrefcount(alone) + 1
     )

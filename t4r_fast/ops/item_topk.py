@@ -51,6 +51,8 @@ def item_topk(
 
     Where fewer than k items are left the rest is score -inf and id -1, as is a skipped row; an item
     whose score is -inf is never returned. nan ranks as +inf, above everything. Not differentiable.
+    The C++ kernels give a row the same bits whatever the number of threads and the other rows of
+    the call: a session served alone gets what it gets in a batch.
     Memory: O(N k) and one chunk of the items; the C++ kernels copy rows of hidden and items whose
     elements are not next to each other. Raises ValueError or TypeError on shapes, dtypes and
     options, IndexError on a row or id out of range.

@@ -34,7 +34,7 @@ class PermutationMask(NamedTuple):
     targets: Tensor
     mask: Tensor
     rows: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which means nothing here
     perm_mask: Tensor
     target_mapping: Tensor
 
@@ -102,14 +102,15 @@ def mask_permutation(
         for span in range(1, max_span_length + 1)
     ]
     name = backend.pick("mask_permutation", item_ids)
-    *found, identity = checked(
+    targets, mask, rows, count, perm_mask, identity = checked(
         name,
         lambda: check_padding("mask_permutation", item_ids, padding_idx),
         backend.ops(name, plain).mask_permutation_fwd,
         *(item_ids, seed, contexts, permute_all, MODES.index(mode), padding_idx),
     )
-    sessions, positions = found[0].shape
-    return PermutationMask(*found, identity.expand(sessions, positions, positions))
+    sessions, positions = targets.shape
+    identities = identity.expand(sessions, positions, positions)
+    return PermutationMask(targets, mask, rows, count, perm_mask, identities)
 
 
 def _fake(

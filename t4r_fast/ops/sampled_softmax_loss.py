@@ -206,7 +206,8 @@ def _of_managed(
     names = (target, rows, cumulative, seed, options)
     ids = functools.cache(lambda: plain.read_ids(hidden, items, *names))
     managed = [t is not None and recorder_of(t) is not None for t in (items, bias)]
-    items, bias = (recorded(t, ids) if m else t for t, m in zip((items, bias), managed))
+    items = recorded(items, ids) if managed[0] else items
+    bias = recorded(bias, ids) if bias is not None and managed[1] else bias
     sparse_for = (sparse or managed[0], sparse or managed[1])
     return _SampledSoftmaxLoss.apply(hidden, items, bias, *names, sparse_for)
 

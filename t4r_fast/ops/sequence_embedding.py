@@ -273,7 +273,7 @@ class _SequenceEmbedding(torch.autograd.Function):
         options: _Options,
         mask: Tensor | None,
         offsets: Tensor | None,
-        *vector_columns_tables: Tensor | None,
+        *vector_columns_tables: Any,  # tensors, or None where there is none
     ) -> Tensor:
         mask_vector, *both = vector_columns_tables
         count = len(both) // 2
@@ -331,14 +331,16 @@ class _SequenceEmbedding(torch.autograd.Function):
                 dcolumns[f] = gradients[f].reshape(shape)
             elif of_tables[f] and sparse[f]:
                 # C++: ids are ascending and different. CUDA: a row for each position, see below
-                dtables[f] = torch.sparse_coo_tensor(
+                rows = torch.sparse_coo_tensor(
                     *(ids[f][None], gradients[f], shape),
                     is_coalesced=ctx.backend == "cpu",
                     check_invariants=False,
                 )
-                if formed[f] is not None:
-                    formed[f].add_(dtables[f])
-                    dtables[f] = None
+                whole = formed[f]
+                if whole is None:
+                    dtables[f] = rows
+                else:
+                    whole.add_(rows)
             elif of_tables[f] and any(sparse):
                 dense = gradients[f].new_zeros(shape)
                 # of the rows of an id all but one are zeros: the same bits in any order

@@ -64,8 +64,8 @@ def target_rank(
     `item_topk`. Skipped and ignored rows have above = -1, and ties, score and lse 0. A nan score
     stands above everything, and a target whose own score is nan stands last; lse is nan with a
     score of nan or inf, as in `tied_softmax_loss`. Not differentiable.
-    The kernels give a row the same bits of lse whatever the number of threads and the other rows of
-    the call; but C++ sums the scores of a call of at most 8 rows in another order.
+    The kernels give a row the same bits of score and lse whatever the number of threads and the
+    other rows of the call.
     Memory: O(N) and one chunk of the items; the C++ kernels copy rows of hidden and items whose
     elements are not next to each other. Raises ValueError or TypeError on shapes, dtypes and
     temperature, IndexError on a target or row out of range.

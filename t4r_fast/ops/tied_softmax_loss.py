@@ -292,9 +292,12 @@ def _fake_bwd(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     needs = options[-3:]
-    leaves = (hidden, items, hidden if bias is None else bias)
-    needs = (*needs[:2], needs[2] and bias is not None)
-    return tuple(t.new_empty(t.shape if need else (0,)) for t, need in zip(leaves, needs))
+
+    def gradient(of: Tensor, needed: bool) -> Tensor:
+        return of.new_empty(of.shape if needed else (0,))
+
+    dbias = hidden.new_empty(0) if bias is None else gradient(bias, needs[2])
+    return gradient(hidden, needs[0]), gradient(items, needs[1]), dbias
 
 
 _OPTIONS = "float temperature, float softcap, float label_smoothing, float z_loss, int ignore_index"

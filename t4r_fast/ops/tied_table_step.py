@@ -244,7 +244,8 @@ def _states(
             raise ValueError(f"{_OP}: state[{name!r}] must be contiguous")
         check_device(_OP, "items", items, **{f"state[{name!r}]": tensor})
         found.append(tensor)
-    return (*found, None, None)[:2]
+    first, second = (*found, None, None)[:2]
+    return first, second
 
 
 def _rule(
@@ -375,7 +376,8 @@ def _flat(softmax: Sequence[SoftmaxRows]) -> tuple[list[Any], ...]:
         place = 0 if rows.bias is None else rows.bias.data_ptr()
         key = (place, rows.temperature, rows.softcap)
         groups.setdefault(key, []).append(rows)
-    hidden, target, factors, bias = [], [], [], []
+    hidden, target, factors = [], [], []
+    bias: list[Tensor] = []
     bias_of, options = [], []
     for same in groups.values():
         hidden.append(torch.cat([rows.hidden for rows in same]))

@@ -1,1 +1,1 @@
-"""Every op in plain PyTorch: the truth that each kernel is tested against."""
+"""Every op in plain PyTorch: for any dtype and device, in bounded memory."""
