@@ -5,6 +5,9 @@ compilation, registers.
 """
 
 CAPS: dict[tuple[str, int], dict[str, int]] = {
+    ("_activation_dropout_bwd_kernel", 86): {
+        "ffb525caaa": 56,  # bf16 D64
+    },
     ("_draw_sums_kernel", 86): {
         "3b56f8cdaa": 200,  # fp64 D256 all
     },
