@@ -63,6 +63,7 @@ _DRAWN = ("--negatives", str(NEGATIVES))
 # Evaluation scores all items in any case.
 MODELS = {
     "gru": Pair("gru", "gru"),
+    "gru_over_time": Pair("gru", "gru over time, theirs over sessions", ("--over-time",)),
     "gru_sampled": Pair(
         "gru", f"gru on {NEGATIVES:,} negatives, theirs on all items", _DRAWN, modes=("train",)
     ),
@@ -73,7 +74,8 @@ MODELS = {
         sampled=True,
         modes=("train",),
     ),
-    "xlnet": Pair("xlnet", "xlnet"),
+    "xlnet": Pair("xlnet", "xlnet without padding"),
+    "xlnet_padded": Pair("xlnet", "xlnet attending to padding", ("--attend-padding",)),
     "xlnet_side": Pair("xlnet_side", "xlnet_side"),
 }
 ITEMS = (10_000, 118_335, 390_000)

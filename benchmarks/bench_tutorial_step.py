@@ -50,9 +50,15 @@ class StepClock(transformers.TrainerCallback):
 
 def make_trainer(options: argparse.Namespace, folder: str) -> Trainer:
     schema = Schema().from_proto_text(options.data / "processed_nvt/schema.pbtxt")
-    name = MODELS[options.model]
+    name = "gru" if options.over_time else MODELS[options.model]
     torch.manual_seed(0)
-    model = build(name, schema, negatives=options.negatives, sampler=options.sampler)
+    model = build(
+        name,
+        schema,
+        negatives=options.negatives,
+        sampler=options.sampler,
+        attend_padding=options.attend_padding,
+    )
     arguments = T4RecTrainingArguments(
         output_dir=folder,
         max_sequence_length=20,
@@ -134,6 +140,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--negatives", type=int, default=0)
     parser.add_argument("--sampler", default="log_uniform")
+    parser.add_argument("--attend-padding", action="store_true", help="of XLNet, as printed")
+    parser.add_argument("--over-time", action="store_true", help="the GRU with batch_first=True")
     options = parser.parse_args()
     if options.warm < 1 or options.steps < 1:
         parser.error("--warm and --steps must be at least 1")

@@ -541,7 +541,13 @@ def test_any_shape(lane, n, v, d, k, scope, sampler, hits):
         "remove_accidental_hits": hits,
         "reduction": "none",
     }
-    check(lane, sampled_softmax_loss, naive, inputs, options, torch.float64, ("hidden", "items"))
+    # where the terms of a gradient cancel, one rounding of the largest is left, whoever sums them
+    slack = torch.finfo(torch.float64).eps * float(inputs["items"].abs().max())
+    check(
+        *(lane, sampled_softmax_loss, naive, inputs, options, torch.float64),
+        diff=("hidden", "items"),
+        slack=slack,
+    )
 
 
 def test_table_past_2_to_the_31(tmp_path):
