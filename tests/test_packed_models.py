@@ -154,14 +154,15 @@ def test_rows_are_those_of_all_items(kind):
         st.one_of(st.integers(1, 20), st.integers(1, LONGEST)), min_size=1, max_size=6
     ),
     wider=st.integers(0, 9),
+    others=st.sampled_from([0, 17]),
     fixed=st.booleans(),
     order=st.randoms(use_true_random=False),
 )
-def test_a_prediction_depends_on_its_session_alone(kind, lengths, wider, fixed, order):
+def test_a_prediction_depends_on_its_session_alone(kind, lengths, wider, others, fixed, order):
     """Not a bit on the batch around it, its order, the padded length or the capacity."""
     model = model_of(kind)
     width = min(max(lengths) + wider, LONGEST)
-    batch = sessions_of(lengths, width)
+    batch = sessions_of([*lengths, *[min(4, width)] * others], width)
     ids = batch[cells.ITEM]
     with torch.no_grad():
         scores, items = model.recommend(batch, 9)

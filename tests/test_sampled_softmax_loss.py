@@ -541,8 +541,10 @@ def test_any_shape(lane, n, v, d, k, scope, sampler, hits):
         "remove_accidental_hits": hits,
         "reduction": "none",
     }
-    # where the terms of a gradient cancel, one rounding of the largest is left, whoever sums them
-    slack = torch.finfo(torch.float64).eps * float(inputs["items"].abs().max())
+    # Of a few items the terms of a gradient cancel, and what is left of them is rounding, whoever
+    # sums them: eps of the largest for each term.
+    largest = float(torch.cat([inputs["hidden"], inputs["items"]]).abs().max())
+    slack = max(n, k) * torch.finfo(torch.float64).eps * largest if v < 10 else 0.0
     check(
         *(lane, sampled_softmax_loss, naive, inputs, options, torch.float64),
         diff=("hidden", "items"),

@@ -138,18 +138,26 @@ def whole_rows(count: int, length: int, device: torch.device) -> Layout:
     return Layout(offsets, places_of(offsets, count * length), length)
 
 
-def padded_index(offsets: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def padded_index(offsets: Tensor, width: int, newest: bool = False) -> tuple[Tensor, Tensor]:
     """(B, L) int64, the packed item at each padded position, and (B, L) bool, whether there is
-    one."""
+    one.
+
+    newest  of longer sessions the last L items, else the first
+    """
     place = torch.arange(width, device=offsets.device)
-    at = offsets[:-1, None] + place
+    start = offsets[:-1]
+    if newest:
+        start = torch.maximum(start, offsets[1:] - width)
+    at = start[:, None] + place
     there = at < offsets[1:, None]
     return torch.where(there, at, 0), there
 
 
-def pad(values: Tensor, offsets: Tensor, width: int, padding: float = 0) -> Tensor:
-    """(U, ...) packed to (B, L, ...) padded on the right."""
-    at, there = padded_index(offsets, width)
+def pad(
+    values: Tensor, offsets: Tensor, width: int, padding: float = 0, newest: bool = False
+) -> Tensor:
+    """(U, ...) packed to (B, L, ...) padded on the right; see padded_index for newest."""
+    at, there = padded_index(offsets, width, newest)
     if values.shape[0] == 0:
         return values.new_full((*at.shape, *values.shape[1:]), padding)
     padded = values.index_select(0, at.flatten()).view(*at.shape, *values.shape[1:])

@@ -13,6 +13,7 @@ import torch
 
 from t4r_fast.compat import get_compat
 from t4r_fast.errors import InputError
+from t4r_fast.model import sessions
 
 _VALUES, _OFFSETS = "__values", "__offsets"
 
@@ -125,12 +126,4 @@ def _padded(
 ) -> torch.Tensor:
     if values.dim() == 2 and values.shape[1] == 1:  # Triton sends columns as (n, 1)
         values = values.squeeze(1)
-    offsets = offsets.flatten().long()
-    start, end = offsets[:-1, None], offsets[1:, None]
-    if newest:
-        start = torch.maximum(start, end - length)
-    at = start + torch.arange(length, device=values.device)
-    inside = at < end
-    padded = values.new_full((*at.shape, *values.shape[1:]), pad)
-    padded[inside] = values[at[inside]]
-    return padded
+    return sessions.pad(values, offsets.flatten().long(), length, pad, newest)
