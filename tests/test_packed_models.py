@@ -148,7 +148,7 @@ def test_rows_are_those_of_all_items(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     lengths=st.lists(
         st.one_of(st.integers(1, 20), st.integers(1, LONGEST)), min_size=1, max_size=6
