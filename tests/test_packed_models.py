@@ -295,6 +295,14 @@ def test_side_features_travel_with_their_items(padded):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"testing": True}, {"training": True}], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_on_the_left_is_refused(kind, options):
+    batch = {cells.ITEM: torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])}
+    with pytest.raises(ValueError, match=r"padding"):
+        model_of(kind)(batch, **options)
+
+
 def test_what_is_not_known_runs_padded():
     def runs_packed(model):
         head = model.heads[0]
@@ -305,6 +313,11 @@ def test_what_is_not_known_runs_padded():
     handle = model.heads[0].body[2].register_forward_hook(lambda *_: None)
     assert not runs_packed(model)
     handle.remove()
+    assert runs_packed(model)
+
+    model.heads[0].body[2].train(not model.training)  # a frozen body drops nothing
+    assert not runs_packed(model)
+    model.heads[0].body[2].train(model.training)
     assert runs_packed(model)
 
     class Own(nn.Linear):

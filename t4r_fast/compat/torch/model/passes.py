@@ -42,6 +42,7 @@ from t4r_fast.model.known import is_hooked, is_row_by_row, packed_body
 from t4r_fast.model.mask import Causal, Masked, Masking, in_blocks, used
 from t4r_fast.model.model import Body, Hidden, SessionModel, behind_inputs, hidden
 from t4r_fast.ops._seed import check_seed
+from t4r_fast.ops._sequence_mask import check_padding
 
 
 def outputs(
@@ -117,6 +118,8 @@ def _packed(
     if training and isinstance(inputs.masking, ReplacementLanguageModeling):
         inputs.masking.warn_if_alone()
     item_ids = column(columns, item).long()
+    if not training and not testing:  # else the mask op looks
+        check_padding("inference", item_ids, model.masking.padding_idx)
     lengths = sessions.lengths_of(item_ids, model.masking.padding_idx)
     wanted = {name: column(columns, name) for name in model.inputs.tables}
     batch = sessions.pack({**wanted, item: item_ids}, lengths)
@@ -209,6 +212,8 @@ def session_model(
     at = next((n for n, b in enumerate(blocks) if type(b) in (TransformerBlock, Block)), 0)
     if not at or any(is_hooked(m) for part in (body, task) for m in part.modules()):
         return None
+    if any(m.training != body.training for m in body.modules()):
+        return None  # each part drops or not as its own mode says
     inputs, masking = _inputs(blocks[0]), _masking(blocks[0])
     run = _body_of(blocks[at], blocks[0])
     between, after = _rows(blocks[1:at]), _rows([*blocks[at + 1 :], task.task_block])
